@@ -1,0 +1,131 @@
+"""What is to be sent: sessions of turns, and when. The same scenario, leg and seed give the same
+plan; `sessions(…, shard=i, of=n)` takes k ≡ i (mod n), so that n shards are exactly one plan.
+
+Randomness is counter-based (Philox keyed by seed and stream, counted by k): what session k is
+does not depend on which shard asks, or in which order.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+from msgspec import Struct
+
+from loadgen.leg import Leg
+from loadgen.prompts import Ratio, build
+from loadgen.scenario import (
+    Closed,
+    Fixed,
+    Length,
+    Lognormal,
+    Open,
+    RequestClass,
+    Scenario,
+    Trace,
+    Uniform,
+)
+
+ARRIVALS, MIX, LENGTHS, PROMPTS, CALIBRATION = range(5)  # streams of randomness
+_BLOCK: Final = 1024  # gaps drawn at once
+
+
+class Turn(Struct, frozen=True):
+    """One request of a session. `think_s`: pause before it, after the answer before; `text`: a
+    given prompt instead of a made one; `abandon_after_s`: the client leaves."""
+
+    prompt_tok: int
+    output_tok: int
+    think_s: float = 0.0
+    abandon_after_s: float | None = None
+    text: str | None = None
+
+
+class Session(Struct, frozen=True):
+    """What one user does. `due_s` counts from the leg's start; None: when a slot is free.
+    Sessions with equal `prefix` ids begin with the same text."""
+
+    k: int
+    cls: str
+    due_s: float | None
+    turns: tuple[Turn, ...]
+    prefix: tuple[int, ...] = ()
+
+
+def stream(seed: int, name: int, k: int) -> np.random.Generator:
+    """The generator for event k of a stream; equal arguments, equal numbers."""
+    return np.random.Generator(np.random.Philox(key=(name << 64) | seed, counter=k << 128))
+
+
+def sessions(scenario: Scenario, leg: Leg, shard: int = 0, of: int = 1) -> Iterator[Session]:
+    """This shard's stripe of the leg's plan, in the order of `due_s`; endless but for a trace and
+    `num_sessions`, because a leg's load is held until its last measured request has ended."""
+    limit = leg.num_sessions
+    if isinstance(leg.load, Closed):
+        for k in itertools.count(shard, of) if limit is None else range(shard, limit, of):
+            yield session(scenario, leg.seed, k, None)
+        return
+    for k, due_s in itertools.islice(enumerate(arrivals(leg.load, leg.seed)), shard, limit, of):
+        yield session(scenario, leg.seed, k, due_s)
+
+
+def arrivals(load: Open | Trace, seed: int) -> Iterator[float]:
+    """Due instants in s from the leg's start, ascending; endless for Open.
+
+    Gamma gaps of mean 1/rate: shape 1/cv², scale cv²/rate; Poisson is cv = 1.
+    """
+    if isinstance(load, Trace):
+        yield from load.due_s
+        return
+    if load.arrivals == "constant":
+        for k in itertools.count():
+            yield k / load.rate_rps
+    cv2 = load.cv**2 if load.arrivals == "gamma" else 1.0
+    now_s = 0.0
+    for block in itertools.count():
+        gaps = stream(seed, ARRIVALS, block).gamma(1 / cv2, cv2 / load.rate_rps, _BLOCK)
+        for due_s in now_s + np.cumsum(gaps):
+            yield float(due_s)
+        now_s += float(gaps.sum())
+
+
+def session(scenario: Scenario, seed: int, k: int, due_s: float | None) -> Session:
+    """Session k of the plan: its class by weight, its lengths, its shared prefix."""
+    mix, lengths = stream(seed, MIX, k), stream(seed, LENGTHS, k)
+    weights = np.array([c.weight for c in scenario.classes])
+    at = np.searchsorted(np.cumsum(weights / weights.sum()), mix.random(), side="right")
+    cls = scenario.classes[min(int(at), len(weights) - 1)]
+    prefix = (int(mix.integers(cls.shared_prefix.groups)),) if cls.shared_prefix else ()
+    turn = Turn(prompt_tok=draw(cls.prompt_tok, lengths), output_tok=draw(cls.output_tok, lengths))
+    return Session(k=k, cls=cls.name, due_s=due_s, turns=(turn,), prefix=prefix)
+
+
+def draw(length: Length, rng: np.random.Generator) -> int:
+    """A number of tokens."""
+    match length:
+        case Uniform(min=low, max=high):
+            return int(rng.integers(low, high + 1))
+        case Lognormal(median=median, sigma=sigma, min=low, max=high):
+            return int(np.clip(round(rng.lognormal(np.log(median), sigma)), low, high))
+        case Fixed(tokens=tokens):
+            return tokens
+        case _:
+            return length
+
+
+def prompt(cls: RequestClass, planned: Session, turn: int, seed: int, ratio: Ratio) -> str:
+    """The text of a turn: given, or made to measure and unlike every other (but for a prefix
+    that its class shares)."""
+    what = planned.turns[turn]
+    if what.text is not None:
+        return what.text
+    rng = stream(seed, PROMPTS, planned.k * 64 + turn)
+    return build(cls, what.prompt_tok, ratio, rng, nonce(seed, planned.k, turn),
+                 planned.prefix or None)
+
+
+def nonce(seed: int, k: int, turn: int) -> str:
+    """Eight letters and digits that no other request of any run has (40 bits)."""
+    digest = hashlib.blake2b(f"{seed}/{k}/{turn}".encode(), digest_size=5).digest()
+    return np.base_repr(int.from_bytes(digest, "big"), 36).lower().rjust(8, "0")

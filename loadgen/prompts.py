@@ -1,0 +1,198 @@
+"""Prompt texts of a wanted token length: seeded, and unique per request unless a prefix is shared.
+
+A prompt is `[nonce] title, filler, instruction`; a shared prefix stands before the nonce. Length
+is steered by characters (see `Ratio`), and only the filler is cut. Filler is joined from a few
+hundred paragraphs that are put together once per kind and language, in an order and with numbers
+drawn per prompt: 2,048 tokens in tens of microseconds.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from string import Template
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+from msgspec import Struct
+
+from loadgen import texts
+from loadgen.scenario import RequestClass
+
+NONCE_MAX_CHARS = 9  # in brackets and with a space 12: inside the first 16 tokens of any tokenizer
+GUESS_OVERHEAD_TOK = 10.0  # of a ChatML template without a system prompt
+
+_GUESS_CHARS_PER_TOK = {
+    ("summary", "en"): 4.3, ("summary", "zh"): 1.5, ("summary", "mixed"): 2.9,
+    ("chat", "en"): 4.3, ("chat", "zh"): 1.5, ("chat", "mixed"): 2.8,
+    ("code", "en"): 3.2, ("code", "zh"): 2.8, ("code", "mixed"): 3.0,
+    ("json", "en"): 2.7, ("json", "zh"): 1.9, ("json", "mixed"): 2.3,
+}  # fmt: skip
+_MIN_SPREAD = 0.1  # lengths must differ by this share of their mean to tell slope from overhead
+
+_BLOCKS = 256  # paragraphs per kind and language
+_SENTENCES = 5  # of a section or a piece of log
+_TITLES = 32
+_EPOCH_S = 1_750_000_000  # where the time stamps of log lines begin
+_SALT = 0x5EED  # of the streams that are the same in every process
+
+Kind = Literal["summary", "code", "json", "chat"]
+Language = Literal["en", "zh", "mixed"]
+_Spoken = Literal["en", "zh"]
+_Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+_T = TypeVar("_T")
+
+
+class Ratio(Struct, frozen=True):
+    """tokens ≈ overhead_tok + chars / chars_per_tok, for the prompts of one class. The overhead is
+    what the chat template adds; `source` says who counted the tokens."""
+
+    chars_per_tok: float
+    overhead_tok: float
+    source: Literal["tokenize", "usage", "guess"]
+
+
+def guess(cls: RequestClass) -> Ratio:
+    """What to build with until a server's own count can be fitted; not measured."""
+    return Ratio(_GUESS_CHARS_PER_TOK[cls.kind, cls.language], GUESS_OVERHEAD_TOK, "guess")
+
+
+def fit(samples: Sequence[tuple[int, int]], source: Literal["tokenize", "usage"]) -> Ratio:
+    """The least-squares line through (chars, tokens). Where lengths hardly differ, the overhead is
+    the guessed one; where it makes no sense (negative, or more than a whole prompt), it is 0.
+    Raises ValueError when no sample holds both characters and tokens."""
+    kept = [s for s in samples if min(s) > 0]
+    if not kept:
+        raise ValueError("no sample with characters and tokens; use guess()")
+    chars, tokens = np.array(kept, dtype=float).T
+    overhead = GUESS_OVERHEAD_TOK
+    if np.ptp(chars) >= _MIN_SPREAD * chars.mean():
+        overhead = float(np.polyfit(chars, tokens, 1)[1])
+    if not 0 <= overhead < tokens.min():
+        overhead = 0.0
+    chars_per_tok = (chars @ chars) / (chars @ (tokens - overhead))  # the line through overhead
+    return Ratio(float(chars_per_tok), overhead, source)
+
+
+def build(
+    cls: RequestClass,
+    prompt_tok: int,
+    ratio: Ratio,
+    rng: np.random.Generator,
+    nonce: str,
+    prefix: tuple[int, ...] | None = None,
+) -> str:
+    """A prompt of about `prompt_tok` tokens, the template's own included; one too short for nonce
+    and instruction is as short as it can be.
+
+    `nonce` (at most 9 characters) comes first and differs between requests, so that they share no
+    cache block. With `cls.shared_prefix`, what comes first is the text of the ids (>= 0) in
+    `prefix`: each id stands for an equal part of `shared_prefix.tokens`, and equal ids give equal
+    text whatever `rng` is. A prefix that leaves no room for nonce and instruction is cut."""
+    if len(nonce) > NONCE_MAX_CHARS:
+        raise ValueError(f"nonce {nonce!r} is longer than {NONCE_MAX_CHARS} characters")
+    bank = _bank(cls.kind, cls.language)
+    chars = round((prompt_tok - ratio.overhead_tok) * ratio.chars_per_tok)
+    opening = f"[{nonce}] "
+    if cls.shared_prefix and prefix:
+        each = round(cls.shared_prefix.tokens / len(prefix) * ratio.chars_per_tok)
+        common = "".join(_common(cls.kind, cls.language, each, ident) for ident in prefix)
+        spare = chars - len(opening) - 2 - bank.longest
+        if spare > 0:
+            opening = f"{common[:spare]}\n\n{opening}"
+    room = chars - len(opening)
+    ending = _pick(bank.endings, rng)
+    if len(ending) > room:
+        ending = next((e for e in bank.fallbacks if len(e) <= room), bank.fallbacks[-1])
+    room -= len(ending) + 2
+    if room <= 0:
+        return opening + ending
+    return f"{opening}{_filler(cls.kind, cls.language, room, rng)}\n\n{ending}"
+
+
+class _Bank(NamedTuple):
+    """What the prompts of one kind and language are made of."""
+
+    titles: tuple[str, ...]
+    blocks: tuple[str, ...]  # paragraphs, with %d where a fresh number goes
+    numbers_of: _Numbers  # fresh numbers of each block
+    shortest: int  # characters of the shortest block
+    endings: tuple[str, ...]  # instructions
+    longest: int  # characters of the longest one
+    fallbacks: tuple[str, ...]  # for prompts too short for it, longest first
+
+
+def _filler(kind: Kind, language: Language, chars: int, rng: np.random.Generator) -> str:
+    """Exactly `chars` characters: a title, then paragraphs in random order with fresh numbers. The
+    cut may fall inside a word: an exact length is worth more here."""
+    bank = _bank(kind, language)
+    picks = rng.integers(_BLOCKS, size=chars // bank.shortest + 1)
+    numbers = rng.integers(11, 990, size=int(bank.numbers_of[picks].sum()))
+    if kind == "json":
+        numbers = numbers.cumsum() + _EPOCH_S
+    order: list[int] = picks.tolist()
+    body = "".join([bank.blocks[i] for i in order]) % tuple(numbers.tolist())
+    return (bank.titles[order[0] % len(bank.titles)] + body)[:chars]
+
+
+@functools.lru_cache(maxsize=128)
+def _common(kind: Kind, language: Language, chars: int, ident: int) -> str:
+    """The text of one prefix id, the same in every process."""
+    return _filler(kind, language, chars, np.random.default_rng([_SALT, ident]))
+
+
+@functools.cache
+def _bank(kind: Kind, language: Language) -> _Bank:
+    """Takes tens of milliseconds, once; its own stream makes it the same in every process."""
+    rng = np.random.default_rng(_SALT)
+    spoken: tuple[_Spoken, ...] = ("en", "zh") if language == "mixed" else (language,)
+    turns = list(itertools.islice(itertools.cycle(spoken), _BLOCKS + 1))
+    blocks = tuple(_paragraph(kind, turns[i % 2 :], i, rng) for i in range(_BLOCKS))
+    endings = tuple(_fill(e, s, rng) for s in spoken for e in texts.INSTRUCTIONS[s][kind])
+    brief = tuple(b for s in spoken for b in texts.BRIEF[s][kind])
+    return _Bank(
+        titles=tuple(_fill(texts.TITLES[s][kind], s, rng) for s in turns[:_TITLES]),
+        blocks=blocks,
+        numbers_of=np.array([b.count("%d") for b in blocks]),
+        shortest=min(len(b) for b in blocks),
+        endings=endings,
+        longest=max(map(len, endings)),
+        fallbacks=tuple(sorted(endings + brief, key=len, reverse=True)),
+    )
+
+
+def _paragraph(kind: Kind, turns: Sequence[_Spoken], i: int, rng: np.random.Generator) -> str:
+    """A section of a document, a piece of code, some log lines or a turn of a conversation;
+    sentence j is in language turns[j], and the sections go through the subjects by `i`."""
+    first = turns[0]
+    if kind == "summary":
+        subject = i // 2 % len(texts.DOCUMENTS[first])
+        heading = texts.DOCUMENTS[first][subject][0]
+        lines = {s: rng.permutation(texts.DOCUMENTS[s][subject][1].split("\n")).tolist()
+                 for s in dict.fromkeys(turns)}  # a set's order would differ between processes
+        sentences = [_fill(lines[s].pop(), s, rng) for s in turns[:_SENTENCES]]
+        return f"\n\n## {heading}\n{('' if set(turns) == {'zh'} else ' ').join(sentences)}"
+    if kind == "code":
+        return "\n\n" + _fill(texts.CODE[i // 2 % len(texts.CODE)], first, rng).rstrip("\n")
+    if kind == "json":
+        return "".join("\n" + _fill(_pick(texts.LOGS[s], rng), s, rng)
+                       for s in turns[:_SENTENCES])
+    question, answer = texts.CHAT[first][i // 2 % len(texts.CHAT[first])]
+    user, assistant = texts.SPEAKERS[first]
+    return _fill(f"\n\n{user}: {question}\n{assistant}: {answer}", first, rng)
+
+
+def _fill(text: str, language: _Spoken, rng: np.random.Generator) -> str:
+    return Template(text).safe_substitute(
+        person=_pick(texts.PEOPLE[language], rng),
+        city=_pick(texts.CITIES[language], rng),
+        product=_pick(texts.PRODUCTS[language], rng),
+        noun=_pick(texts.NOUNS, rng),
+        comment=_pick(texts.COMMENTS[language], rng),
+        k=rng.integers(2, 9999),
+        u=rng.integers(1000, 9999),
+        n="%d",
+    )
+
+
+def _pick(choices: Sequence[_T], rng: np.random.Generator) -> _T:
+    return choices[int(rng.integers(len(choices)))]

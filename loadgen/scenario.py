@@ -1,0 +1,346 @@
+"""Scenario files: TOML in, frozen types out. All validation happens here, before anything starts.
+
+Quantities carry their unit in the file (`ttft = "2s"`, `rate = "20/s"`); a bare number is refused
+where a unit belongs. In the types, the unit is in the field's name. Exclusive options are tagged
+unions: a length has a `dist`, a load has a `mode`.
+"""
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from loadgen.errors import ScenarioError
+
+_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_PER_SECOND = {"s": 1.0, "min": 1 / 60, "h": 1 / 3600}
+
+
+class Seconds(float):
+    """A duration in seconds, written with a unit: "50ms", "2s", "5m"."""
+
+    @classmethod
+    def parse(cls, text: object) -> "Seconds":
+        match = re.fullmatch(r"\s*([\d.e+-]+)\s*(ms|s|min|m|h)\s*", text) if _is_str(text) else None
+        if match is None or not _is_number(match[1]):
+            raise ValueError(f"{text!r} is not a duration; write a number with its unit, as "
+                             '"50ms", "2s" or "5m"')
+        if float(match[1]) <= 0:
+            raise ValueError(f"{text!r} must be more than zero")
+        return cls(float(match[1]) * _SECONDS[match[2]])
+
+
+class PerSecond(float):
+    """A rate in requests per second, written with a unit: "20/s", "90/min"."""
+
+    @classmethod
+    def parse(cls, text: object) -> "PerSecond":
+        match = re.fullmatch(r"\s*([\d.e+-]+)\s*/\s*(s|min|h)\s*", text) if _is_str(text) else None
+        if match is None or not _is_number(match[1]):
+            raise ValueError(f'{text!r} is not a rate; write a number per time, as "20/s"')
+        if float(match[1]) <= 0:
+            raise ValueError(f"{text!r} must be more than zero")
+        return cls(float(match[1]) * _PER_SECOND[match[2]])
+
+
+def _is_str(value: object) -> typing.TypeGuard[str]:
+    return isinstance(value, str)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d\d?)?", text) is not None
+
+
+Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
+Count = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class _Frozen(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of all configuration: immutable, no unknown keys."""
+
+
+class Fixed(_Frozen, frozen=True, tag_field="dist", tag="fixed"):
+    """Always `tokens`. A bare integer in the file means the same."""
+
+    tokens: Tokens
+
+
+class Uniform(_Frozen, frozen=True, tag_field="dist", tag="uniform"):
+    """Whole numbers from `min` to `max`, both included."""
+
+    min: Tokens
+    max: Tokens
+
+
+class Lognormal(_Frozen, frozen=True, tag_field="dist", tag="lognormal"):
+    """exp(N(ln median, sigma²)), clipped to `min` … `max`."""
+
+    median: Tokens
+    sigma: Annotated[float, Meta(gt=0, le=5)]
+    min: Tokens
+    max: Tokens
+
+
+Length = Tokens | Fixed | Uniform | Lognormal
+
+
+class Slo(_Frozen, frozen=True):
+    """Limits a request must meet to be good; an absent one is not asked for."""
+
+    ttft_s: Seconds | None = field(default=None, name="ttft")
+    tpot_s: Seconds | None = field(default=None, name="tpot")
+    itl_s: Seconds | None = field(default=None, name="itl")  # the request's largest event gap
+    e2e_s: Seconds | None = field(default=None, name="e2e")
+
+
+class Timeouts(_Frozen, frozen=True):
+    """When the client gives a request up. Counted from the instant it was sent."""
+
+    first_token_s: Seconds = field(default=Seconds(60), name="first_token")
+    stall_s: Seconds = field(default=Seconds(30), name="stall")
+    total_s: Seconds = field(default=Seconds(600), name="total")
+
+
+class Sampling(_Frozen, frozen=True):
+    """Sampling parameters, sent as they are; an absent one is left to the server."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    seed: int | None = None
+    ignore_eos: bool | None = None  # vLLM: always `output_tokens` tokens
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+
+
+class SharedPrefix(_Frozen, frozen=True):
+    """The first `tokens` of each prompt are one of `groups` common texts (a system prompt, a
+    document that many ask about); what follows is unique."""
+
+    tokens: Tokens
+    groups: Count = 1
+
+
+class RequestClass(_Frozen, frozen=True):
+    """One kind of request of the mix."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
+    kind: Literal["summary", "code", "json", "chat"]
+    prompt_tok: Length = field(name="prompt_tokens")
+    output_tok: Length = field(name="output_tokens")
+    weight: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
+    language: Literal["en", "zh", "mixed"] = "en"
+    shared_prefix: SharedPrefix | None = None
+    sampling: Sampling = Sampling()
+    slo: Slo = Slo()
+    timeouts: Timeouts | None = None
+
+
+class Closed(_Frozen, frozen=True, tag_field="mode", tag="closed"):
+    """`concurrency` slots; each sends its next request when the last one has ended."""
+
+    concurrency: Count
+
+
+class Open(_Frozen, frozen=True, tag_field="mode", tag="open"):
+    """Arrivals at planned instants, whatever the server does. `cv` is the coefficient of variation
+    of gamma gaps (Poisson has 1); what would exceed `max_inflight` is DROPPED, never queued."""
+
+    rate_rps: PerSecond = field(name="rate")
+    arrivals: Literal["constant", "poisson", "gamma"] = "poisson"
+    cv: Annotated[float, Meta(gt=0, le=20)] = 1.0
+    max_inflight: Count = 4096
+
+
+class Trace(_Frozen, frozen=True, tag_field="mode", tag="trace"):
+    """Arrivals at given instants: `due`, seconds from the start, ascending."""
+
+    due_s: tuple[Annotated[float, Meta(ge=0, le=1e9)], ...] = field(name="due")
+    max_inflight: Count = 4096
+
+
+Load = Closed | Open | Trace
+T = typing.TypeVar("T")
+
+
+class Scenario(_Frozen, frozen=True):
+    """A mix of request classes with their SLOs. Immutable; `load()` has checked all of it."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]
+    classes: Annotated[tuple[RequestClass, ...], Meta(min_length=1)]
+    description: str = ""
+    endpoint: Literal["chat", "completions"] = "chat"
+    slo: Slo = Slo()
+    timeouts: Timeouts = Timeouts()
+    throttle_status: tuple[Annotated[int, Meta(ge=400, le=599)], ...] = ()
+    load: Load | None = None
+    duration_s: Seconds | None = field(default=None, name="duration")
+
+    def slo_of(self, cls: str) -> Slo:
+        """The class's own limits over the scenario's."""
+        return merge_slo(self.slo, self.of(cls).slo)
+
+    def timeouts_of(self, cls: str) -> Timeouts:
+        return self.of(cls).timeouts or self.timeouts
+
+    def of(self, cls: str) -> RequestClass:
+        return next(c for c in self.classes if c.name == cls)
+
+    def with_slo(self, override: Slo) -> "Scenario":
+        """The same mix judged by other limits: `override` wins over file and class."""
+        classes = tuple(msgspec.structs.replace(c, slo=merge_slo(c.slo, override))
+                        for c in self.classes)
+        return msgspec.structs.replace(self, slo=merge_slo(self.slo, override), classes=classes)
+
+
+def merge_slo(base: Slo, over: Slo) -> Slo:
+    return Slo(ttft_s=over.ttft_s or base.ttft_s, tpot_s=over.tpot_s or base.tpot_s,
+               itl_s=over.itl_s or base.itl_s, e2e_s=over.e2e_s or base.e2e_s)
+
+
+# -------------------------------------------------------------------------------------- loading
+
+
+def find(name: str) -> Path:
+    """The file meant by `name`: a path if it holds "/" or ends in ".toml", else NAME.toml in
+    ./scenarios, else among the shipped ones. Raises ScenarioError."""
+    if "/" in name or name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ScenarioError(f"{name}: no such scenario file; a shipped one is named without "
+                                "folder and ending, as mixed")
+        return path
+    for folder in (Path("scenarios"), SHIPPED):
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = sorted(p.stem for p in SHIPPED.glob("*.toml"))
+    raise ScenarioError(f"no scenario {name!r}{_nearest(name, known)}; shipped are: "
+                        f"{', '.join(known)} (or give a path to a .toml file)")
+
+
+SHIPPED = Path(__file__).resolve().parent.parent / "scenarios"
+
+
+def load(name: str) -> Scenario:
+    """The scenario of a file or a shipped name, wholly checked. Raises ScenarioError."""
+    path = find(name)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ScenarioError(f"{path}: cannot be read: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ScenarioError(f"{path}: not valid TOML: {e}") from e
+    raw.setdefault("name", path.stem)
+    return parse(raw, where=str(path))
+
+
+def parse(raw: object, where: str) -> Scenario:
+    """A checked Scenario of plain data (a TOML file's, a manifest's)."""
+    scenario = convert(raw, Scenario, where)
+    names = [c.name for c in scenario.classes]
+    if len(set(names)) < len(names):
+        raise ScenarioError(f"{where}: classes: two of them have one name ({', '.join(names)}); "
+                            "rename one")
+    if sum(c.weight for c in scenario.classes) <= 0:
+        raise ScenarioError(f"{where}: classes: the weights sum to nothing; give at least one "
+                            "class a weight above 0")
+    for c in scenario.classes:
+        for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok)):
+            if isinstance(length, Uniform | Lognormal) and length.min > length.max:
+                raise ScenarioError(f"{where}: class {c.name}: {key}: min {length.min} is more "
+                                    f"than max {length.max}; exchange them")
+        if c.shared_prefix and c.shared_prefix.tokens >= longest(c.prompt_tok):
+            raise ScenarioError(f"{where}: class {c.name}: shared_prefix of "
+                                f"{c.shared_prefix.tokens} tokens leaves nothing of the prompt; "
+                                f"give it less than {longest(c.prompt_tok)}")
+    if isinstance(scenario.load, Trace) and list(scenario.load.due_s) != sorted(
+            scenario.load.due_s):
+        raise ScenarioError(f"{where}: load.due: instants must be ascending")
+    return scenario
+
+
+def longest(length: Length) -> int:
+    if isinstance(length, int):
+        return length
+    return length.tokens if isinstance(length, Fixed) else length.max
+
+
+def convert(raw: object, into: type[T], where: str) -> T:
+    """`raw` as `into`; ScenarioError names place, key, and what is allowed."""
+    try:
+        return msgspec.convert(raw, into, dec_hook=dec_hook)
+    except msgspec.ValidationError as e:
+        text, _, at = str(e).partition(" - at ")
+        at = at.strip("`").removeprefix("$").lstrip(".")
+        unknown = re.search(r"unknown field `(.*)`", text)
+        if unknown:
+            allowed = _allowed(into, at)
+            text = (f"unknown key {unknown[1]!r}{_nearest(unknown[1], allowed)}; allowed here: "
+                    f"{', '.join(allowed)}")
+        raise ScenarioError(f"{where}: {at + ': ' if at else ''}{text}") from None
+
+
+def dec_hook(kind: type, raw: object) -> object:
+    """msgspec hook: reads the unit-carrying types."""
+    if kind is Seconds:
+        return Seconds.parse(raw)
+    if kind is PerSecond:
+        return PerSecond.parse(raw)
+    raise TypeError(f"no such type in a scenario: {kind}")
+
+
+def enc_hook(value: object) -> object:
+    """msgspec hook: writes the unit-carrying types the way they are read."""
+    if isinstance(value, Seconds):
+        return f"{float(value)!r}s"
+    if isinstance(value, PerSecond):
+        return f"{float(value)!r}/s"
+    raise TypeError(f"cannot encode {type(value)}")
+
+
+def to_plain(value: object) -> Any:
+    """`value` as plain JSON data that `convert` reads back to an equal one."""
+    return msgspec.to_builtins(value, enc_hook=enc_hook)
+
+
+def _nearest(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _allowed(kind: Any, at: str) -> list[str]:
+    """Keys that may stand at a msgspec path such as `classes[...].slo` below `kind`."""
+    for part in [p for p in re.sub(r"\[[^]]*\]", "", at).split(".") if p]:
+        kind = next((f.type for s in _structs(kind) for f in msgspec.structs.fields(s)
+                     if f.encode_name == part), None)
+    return sorted({f.encode_name for s in _structs(kind) for f in msgspec.structs.fields(s)})
+
+
+def _structs(kind: Any) -> list[Any]:
+    """All Struct types that an annotation mentions."""
+    if isinstance(kind, type) and issubclass(kind, Struct):
+        return [kind]
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is not None:
+        return [s for arg in typing.get_args(kind) for s in _structs(arg)]
+    return []
+
+
+def parse_slo(text: str) -> Slo:
+    """`ttft=1s,tpot=50ms`, or vLLM's `ttft:1000` (milliseconds), as an Slo."""
+    raw: dict[str, str] = {}
+    for part in re.split(r"[,\s]+", text.strip()):
+        key, eq, value = part.partition("=")
+        if not eq:
+            key, colon, value = part.partition(":")
+            value = f"{value}ms" if colon else value
+        if not value:
+            raise ScenarioError(f"--slo {part!r}: write NAME=LIMIT as ttft=1s, or vLLM's form "
+                                "ttft:1000 in milliseconds")
+        raw[{"e2el": "e2e"}.get(key, key)] = value
+    return convert(raw, Slo, "--slo")
