@@ -1,0 +1,175 @@
+"""The only definitions of the numbers that are reported. Stamps in ns, durations in s.
+
+Functions of stamps take scalars or numpy arrays alike; an absent stamp (None) gives None, in
+arrays NaN.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
+from msgspec import Struct
+
+from loadgen.record import Outcome, RequestRecord
+from loadgen.scenario import Slo
+
+N = TypeVar("N", float, "np.ndarray[tuple[int], np.dtype[np.float64]]")
+
+TERMS = {
+    "due": "open loop: the planned instant; closed loop: the instant the slot became free",
+    "lateness": "sent − due: the generator's own fault, never the server's",
+    "TTFT": "first − due; first = first token event, also one whose text is empty",
+    "TPOT": "(last − first) / (output tokens − 1), per request of at least 2 tokens",
+    "ITL": "gaps between token events, pooled; where an event holds several tokens, an event gap",
+    "E2E": "end − due, end = the stream's proper end",
+    "goodput": "requests per second that met every SLO of their class and were complete; failed, "
+               "truncated, stalled, dropped, cancelled and censored ones are misses",
+    "offered": "starts per second that were due in the window",
+    "achieved": "complete answers per second that ended in the window",
+    "attainment": "share of good requests among all that were due in the window",
+}
+
+
+def seconds_between(start_ns: N, end_ns: N) -> N:
+    return (end_ns - start_ns) / 1e9
+
+
+def lateness_s(r: RequestRecord) -> float | None:
+    return None if r.sent_ns is None else seconds_between(r.due_ns, r.sent_ns)
+
+
+def ttft_s(r: RequestRecord) -> float | None:
+    """From the instant the request was due: queueing in the client counts."""
+    return None if r.first_ns is None else seconds_between(r.due_ns, r.first_ns)
+
+
+def ttft_service_s(r: RequestRecord) -> float | None:
+    """From the instant the request was sent: what tools report that measure from the send."""
+    if r.first_ns is None or r.sent_ns is None:
+        return None
+    return seconds_between(r.sent_ns, r.first_ns)
+
+
+def tpot_s(r: RequestRecord) -> float | None:
+    """Mean time per output token after the first. None below 2 tokens."""
+    if r.first_ns is None or r.output_tok is None or r.output_tok < 2 or not r.gaps_us:
+        return None
+    return sum(r.gaps_us) / 1e6 / (r.output_tok - 1)
+
+
+def itl_max_s(r: RequestRecord) -> float | None:
+    """The longest silence between two token events."""
+    return max(r.gaps_us) / 1e6 if r.gaps_us else None
+
+
+def e2e_s(r: RequestRecord) -> float | None:
+    """None where the answer never became complete."""
+    return seconds_between(r.due_ns, r.end_ns) if r.outcome is Outcome.OK else None
+
+
+def misses(r: RequestRecord, slo: Slo) -> list[str]:
+    """Why a request is not good: its outcome, or the limits that it broke. Empty: it is good.
+
+    An ABANDONED request is judged on what it saw: one that left before its first token missed
+    only if the TTFT limit had passed.
+    """
+    if r.outcome not in (Outcome.OK, Outcome.ABANDONED):
+        return [r.outcome.value]
+    seen = ttft_s(r)
+    if seen is None:
+        seen = seconds_between(r.due_ns, r.end_ns)
+    broke = []
+    for name, limit, value in (("ttft", slo.ttft_s, seen), ("tpot", slo.tpot_s, tpot_s(r)),
+                               ("itl", slo.itl_s, itl_max_s(r)), ("e2e", slo.e2e_s, e2e_s(r))):
+        if limit is not None and value is not None and value > limit:
+            broke.append(name)
+    return broke
+
+
+# -------------------------------------------------------------------------------------- quantiles
+
+
+class Quantile(Struct, frozen=True):
+    """The q-quantile of a sample of n: an order statistic, with its two-sided 95 % interval of
+    order statistics; lo and hi are None where n is too small to have one."""
+
+    q: float
+    n: int
+    value: float
+    lo: float | None
+    hi: float | None
+
+
+def quantile(values: Iterable[float], q: float) -> Quantile | None:
+    """None for an empty sample. Source of the interval: ranks of the binomial distribution
+    (David & Nagaraja, Order Statistics, 7.1); it supposes independent values."""
+    x = np.sort(np.fromiter(values, float))
+    n = len(x)
+    if n == 0:
+        return None
+    value = float(x[min(n - 1, math.ceil(q * n) - 1)])
+    if n < min_n(q):
+        return Quantile(q, n, value, None, None)
+    below = np.cumsum(_binomial_pmf(n, q))  # below[k] = P(at most k values under the quantile)
+    lo = int(np.searchsorted(below, 0.025, side="right")) - 1
+    hi = int(np.searchsorted(below, 0.975, side="left"))
+    return Quantile(q, n, value, float(x[max(lo, 0)]), float(x[min(hi, n - 1)]))
+
+
+def min_n(q: float) -> int:
+    """Smallest sample whose q-quantile has a finite two-sided 95 % interval: 6 for the median,
+    36 for p90, 72 for p95, 368 for p99. Below it a tail percentile is not printed."""
+    return math.ceil(math.log(0.025) / math.log(max(q, 1 - q)))
+
+
+def _binomial_pmf(n: int, p: float) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """P(K = 0 … n), through logarithms so that it holds for n in the millions."""
+    k = np.arange(n + 1)
+    log_fact = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    log = log_fact[n] - log_fact - log_fact[::-1] + k * math.log(p) + (n - k) * math.log1p(-p)
+    pmf: np.ndarray[tuple[int], np.dtype[np.float64]] = np.exp(log)
+    return pmf
+
+
+# ------------------------------------------------------------------------------- bounds of shares
+
+
+def lower_bound(k: int, n: int, confidence: float = 0.95) -> float:
+    """One-sided lower Clopper-Pearson bound of a share of which k of n were seen; 0 for n = 0."""
+    if k <= 0 or n <= 0:
+        return 0.0
+    # the smallest p under which seeing k or more has probability 1 − confidence
+    return _solve(lambda p: 1 - _cdf(k - 1, n, p) - (1 - confidence))
+
+
+def upper_bound(k: int, n: int, confidence: float = 0.95) -> float:
+    """One-sided upper Clopper-Pearson bound; 1 for n = 0."""
+    return 1 - lower_bound(n - k, n, confidence) if n > 0 else 1.0
+
+
+def _cdf(k: int, n: int, p: float) -> float:
+    if p <= 0 or k >= n:
+        return 1.0
+    return float(_binomial_pmf(n, min(p, 1 - 1e-15))[: k + 1].sum())
+
+
+def _solve(rising: Callable[[float], float]) -> float:
+    """Root in [0, 1] of a rising function, to 1e-9."""
+    lo, hi = 0.0, 1.0
+    while hi - lo > 1e-9:
+        mid = (lo + hi) / 2
+        lo, hi = (mid, hi) if rising(mid) < 0 else (lo, mid)
+    return lo
+
+
+def needed_n(target: float, miss_frac: float, confidence: float = 0.95) -> int | None:
+    """How many requests it takes to show attainment ≥ target if a share `miss_frac` misses;
+    None if that cannot be shown (the truth is at or under the target)."""
+    n = 1
+    while n < 1_000_000:
+        if lower_bound(n - round(miss_frac * n), n, confidence) >= target:
+            return n
+        n += max(1, n // 100)
+    return None
+

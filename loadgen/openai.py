@@ -1,0 +1,173 @@
+"""The OpenAI dialect of streaming: the body of a request, and what an event means.
+
+What counts as a token event (vLLM sends tokens whose text is empty: half a Chinese character, a
+special token; skipping them reported 44 ms between tokens where there were 6.4): every event with
+`choices`, except the role-only first one, a finish-only one (`delta: {}`) and a usage-only one.
+"""
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from loadgen.scenario import RequestClass, Sampling
+
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+GOOD_FINISH = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
+
+_encode = msgspec.json.Encoder().encode
+
+
+def body(endpoint: str, model: str, prompt: str, max_tokens: int, cls: RequestClass) -> bytes:
+    """The JSON body of one streamed request that asks for usage."""
+    return conversation(endpoint, model, [{"role": "user", "content": prompt}], max_tokens,
+                        cls.sampling)
+
+
+def conversation(endpoint: str, model: str, messages: list[dict[str, str]], max_tokens: int,
+                 sampling: Sampling) -> bytes:
+    """The JSON body for all `messages` so far; completions take their texts in one piece."""
+    what: dict[str, Any] = {"model": model}
+    if endpoint == "chat":
+        what["messages"] = messages
+    else:
+        what["prompt"] = "\n".join(m["content"] for m in messages)
+    what |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
+    given = msgspec.to_builtins(sampling)
+    return _encode(what | {k: v for k, v in given.items() if v is not None})
+
+
+class Usage(Struct):
+    """Token counts by the server; `cached` of the prompt's came from its prefix cache."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: dict[str, Any] | None = None
+
+    @property
+    def cached_tokens(self) -> int | None:
+        return (self.prompt_tokens_details or {}).get("cached_tokens")
+
+
+class _Delta(Struct):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+    function_call: msgspec.Raw | None = None
+
+
+class _Choice(Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+
+
+class _Chunk(Struct):
+    choices: list[_Choice] | None = None
+    usage: Usage | None = None
+    error: Any = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+_decode_any = msgspec.json.Decoder().decode
+
+
+class Event(Struct):
+    """What one event says. `n_tok` is None where the server does not count tokens per event."""
+
+    choices: bool = False
+    token: bool = False
+    visible: bool = False  # carries text, or a tool call, that is not reasoning
+    text: str = ""
+    n_tok: int | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    error: "ServerError | None" = None
+    done: bool = False
+
+
+class ServerError(Struct):
+    """An error object of the server: in a stream, or as the body of an HTTP error."""
+
+    message: str
+    type: str | None = None
+    code: int | str | None = None
+
+    @property
+    def is_queue_limit(self) -> bool:
+        """The server turned the request away because it is full (vLLM's --max-num-queued-reqs,
+        and what proxies say), not because it is broken."""
+        said = f"{self.type} {self.message}".lower()
+        full = ("cannot accept new requests", "queue", "overloaded", "too many requests",
+                "rate limit")
+        return str(self.code) == "429" or (
+            str(self.code) == "503" and any(word in said for word in full))
+
+
+class BadEvent(ValueError):
+    """An event that is no JSON, or none of this dialect."""
+
+
+def read(payload: bytes, first: bool) -> Event:
+    """The meaning of one event's payload. `first`: no event with choices came before (only then
+    can an event be role-only). Raises BadEvent."""
+    if payload.strip() == b"[DONE]":
+        return Event(done=True)
+    try:
+        chunk = _decode_chunk(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        shown = payload[:120].decode("utf-8", "replace")
+        raise BadEvent(f"{e}: {shown!r}") from None
+    if chunk.error is not None:
+        return Event(error=_error_of(chunk.error))
+    event = Event(usage=chunk.usage, choices=bool(chunk.choices))
+    for choice in chunk.choices or ():
+        _read_choice(event, choice, first)
+    return event
+
+
+def _read_choice(event: Event, choice: _Choice, first: bool) -> None:
+    event.finish_reason = choice.finish_reason or event.finish_reason
+    if choice.token_ids is not None:
+        event.n_tok = (event.n_tok or 0) + len(choice.token_ids)
+    delta = choice.delta
+    if delta is None:  # completions: the chunk that an end-of-sequence token makes has no text
+        event.text = choice.text or ""
+        event.visible = bool(event.text)
+        event.token |= choice.text is not None and not (
+            choice.text == "" and choice.finish_reason == "stop")
+        return
+    thought = delta.reasoning_content if delta.reasoning_content is not None else delta.reasoning
+    called = bool(delta.tool_calls) or delta.function_call is not None
+    role_only = (first and delta.role is not None and not delta.content and not thought
+                 and not called and choice.finish_reason is None)
+    event.token |= (delta.content is not None or thought is not None or called) and not role_only
+    event.visible |= bool(delta.content) or called
+    event.text += delta.content or ""
+
+
+def error_body(body: bytes, status: int) -> ServerError:
+    """The error that an HTTP body tells of; whatever it holds, something is said."""
+    try:
+        raw = _decode_any(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raw = body[:200].decode("utf-8", "replace").strip()
+    if isinstance(raw, dict):
+        raw = raw.get("error", raw.get("detail", raw.get("message", raw)))
+    error = _error_of(raw)
+    return ServerError(error.message, error.type, error.code if error.code is not None else status)
+
+
+def _error_of(raw: object) -> ServerError:
+    if isinstance(raw, dict):
+        code = raw.get("code")
+        return ServerError(str(raw.get("message", raw))[:500], _str(raw.get("type")),
+                           code if isinstance(code, int | str) else None)
+    return ServerError(str(raw)[:500])
+
+
+def _str(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,273 @@
+"""The record of one request, and the sans-I/O recorder that makes it of stamps and bytes.
+
+    due ──lateness──▶ sent ─────▶ headers ─▶ first ─·─·─·─▶ last ─▶ end
+     └───────────────── ttft ─────────────────┘ └ (n−1)·tpot ┘       │
+     └──────────────────────────── e2e ──────────────────────────────┘
+
+Whoever owns the socket (aiohttp, Locust's HttpUser, a test) tells the recorder what came when;
+the same bytes and stamps give the same record.
+"""
+
+import itertools
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Literal
+
+from msgspec import Struct
+
+from loadgen import openai
+from loadgen.sse import LineTooLong, SseParser
+
+
+class Outcome(StrEnum):
+    """How a request ended. Only OK (and an ABANDONED that the plan asked for) can be good."""
+
+    OK = "OK"  # finish_reason stop, length, tool_calls or content_filter, and the stream ended
+    ABORTED = "ABORTED"  # finish_reason abort: the server was shutting down
+    ABANDONED = "ABANDONED"  # the plan had the client leave
+    THROTTLED = "THROTTLED"  # 429, 503 with Retry-After or a queue limit, throttle_status
+    HTTP_ERROR = "HTTP_ERROR"  # another status than 200
+    SERVER_ERROR_EVENT = "SERVER_ERROR_EVENT"  # 200, then an error object
+    CONNECT_FAILED = "CONNECT_FAILED"
+    TIMEOUT_FIRST_TOKEN = "TIMEOUT_FIRST_TOKEN"
+    STALLED = "STALLED"  # no event for the scenario's stall time
+    TIMEOUT_TOTAL = "TIMEOUT_TOTAL"
+    DISCONNECTED = "DISCONNECTED"
+    TRUNCATED = "TRUNCATED"  # ended without finish_reason
+    BAD_STREAM = "BAD_STREAM"
+    EMPTY = "EMPTY"  # ended without one token
+    DROPPED = "DROPPED"  # the generator could not start it
+    CANCELLED = "CANCELLED"  # by us: interrupt, or a leg that was cut
+
+
+class RequestRecord(Struct, omit_defaults=True):
+    """One request, as it is written into the journal. Stamps are ns of the shard's monotonic
+    clock; absent is None.
+
+    `gaps_us[i]` is the time from token event i to i+1. `reads` holds the number of token events
+    of each read that carried one (events of one read share a stamp); None: one event per read.
+    `event_tok` holds the tokens per event where the server says.
+    """
+
+    leg: str
+    shard: int
+    seq: int  # running number in its shard: a gap is a lost record
+    session: int  # number k in the plan of its leg, the same whatever the sharding
+    turn: int
+    cls: str
+    due_ns: int
+    end_ns: int  # the stream's proper end, or the instant the request failed
+    outcome: Outcome
+    sent_ns: int | None = None
+    headers_ns: int | None = None
+    first_ns: int | None = None
+    first_visible_ns: int | None = None
+    gaps_us: list[int] = []
+    reads: list[int] | None = None
+    event_tok: list[int] | None = None
+    stamp_kind: Literal["kernel", "user"] = "user"
+    connect_wait_ns: int | None = None
+    stale_retries: int = 0
+    inflight: int | None = None  # this shard's requests in flight when this one was sent, with it
+    want_prompt_tok: int | None = None
+    max_tokens: int | None = None
+    prompt_tok: int | None = None
+    output_tok: int | None = None
+    cached_tok: int | None = None
+    tok_source: Literal["usage", "events"] | None = None
+    status: int | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    output_ref: str | None = None
+
+    @property
+    def last_ns(self) -> int | None:
+        """Stamp of the last token event (to 1 µs)."""
+        return None if self.first_ns is None else self.first_ns + 1000 * sum(self.gaps_us)
+
+    @property
+    def n_events(self) -> int:
+        return 0 if self.first_ns is None else 1 + len(self.gaps_us)
+
+
+class Shot(Struct, frozen=True):
+    """One request that is to be sent: who it is, when it is due, what goes over the wire."""
+
+    leg: str
+    shard: int
+    seq: int
+    session: int
+    turn: int
+    cls: str
+    due_ns: int
+    body: bytes
+    want_prompt_tok: int | None = None
+    max_tokens: int | None = None
+    abandon_after_s: float | None = None
+
+
+class Recorder:
+    """Turns stamps and bytes of one request into its record.
+
+    Order of calls: `sent`, `response`, `feed` …, then `end` once, at any point. A retry on a
+    stale connection calls `sent` again.
+    """
+
+    def __init__(self, shot: Shot, throttle_status: Sequence[int] = ()) -> None:
+        self.shot = shot
+        self.status: int | None = None
+        self.sent_ns: int | None = None
+        self.first_ns: int | None = None
+        self.connect_wait_ns: int | None = None
+        self.stale_retries = 0
+        self.inflight: int | None = None
+        self.ended = False  # the stream's proper end was seen
+        self.fatal: Outcome | None = None  # nothing that follows can change the outcome
+        self._throttle_status = throttle_status
+        self._headers_ns: int | None = None
+        self._first_visible_ns: int | None = None
+        self._stamps_ns: list[int] = []
+        self._reads: list[int] = []
+        self._event_tok: list[int] = []
+        self._finish: str | None = None
+        self._usage: openai.Usage | None = None
+        self._error: str | None = None
+        self._end_ns: int | None = None
+        self._is_stream = True
+        self._retry_after = False
+        self._body = b""
+        self._sse = SseParser()
+        self._seen_choices = False
+
+    def sent(self, now_ns: int) -> None:
+        """The request's head went to the transport."""
+        self.sent_ns = now_ns
+
+    def response(self, now_ns: int, status: int, content_type: str, retry_after: bool) -> None:
+        """Status line and headers arrived."""
+        self._headers_ns = now_ns
+        self.status = status
+        self._retry_after = retry_after
+        self._is_stream = status == 200 and "json" not in content_type
+
+    def feed(self, now_ns: int, data: bytes) -> None:
+        """Body bytes arrived in one read."""
+        if not self._is_stream:
+            self._body = (self._body + data)[:65536]
+            return
+        try:
+            payloads = self._sse.feed(data)
+        except LineTooLong as e:
+            self._bad(str(e))
+            return
+        before = len(self._stamps_ns)
+        for payload in payloads:
+            try:
+                self._event(now_ns, openai.read(payload, first=not self._seen_choices))
+            except openai.BadEvent as e:
+                self._bad(str(e))
+                return
+        if len(self._stamps_ns) > before:
+            self._reads.append(len(self._stamps_ns) - before)
+
+    def end(self, now_ns: int, failure: Outcome | None = None,
+            error: str | None = None) -> RequestRecord:
+        """The record. `failure` is what the owner of the socket saw; None: a clean end of the
+        body. A failure after the stream's proper end is none."""
+        if not self._is_stream and self.status is not None and failure in (
+                None, Outcome.DISCONNECTED):
+            self._http_answer()
+        outcome = self._outcome(failure)
+        shot, stamps, usage = self.shot, self._stamps_ns, self._usage
+        counted = usage.completion_tokens if usage else None
+        by_event = sum(self._event_tok) if self._event_tok else len(stamps) or None
+        return RequestRecord(
+            leg=shot.leg, shard=shot.shard, seq=shot.seq, session=shot.session, turn=shot.turn,
+            cls=shot.cls, due_ns=shot.due_ns,
+            end_ns=self._end_ns if self.ended and self._end_ns else now_ns,
+            outcome=outcome, sent_ns=self.sent_ns, headers_ns=self._headers_ns,
+            first_ns=self.first_ns, first_visible_ns=self._first_visible_ns,
+            gaps_us=[b // 1000 - a // 1000 for a, b in itertools.pairwise(stamps)],
+            reads=self._reads if len(self._reads) < len(stamps) else None,
+            event_tok=self._event_tok or None, connect_wait_ns=self.connect_wait_ns,
+            stale_retries=self.stale_retries, inflight=self.inflight,
+            want_prompt_tok=shot.want_prompt_tok, max_tokens=shot.max_tokens,
+            prompt_tok=usage.prompt_tokens if usage else None,
+            output_tok=counted if counted is not None else by_event,
+            cached_tok=usage.cached_tokens if usage else None,
+            tok_source="usage" if counted is not None else "events" if by_event else None,
+            status=self.status, finish_reason=self._finish,
+            error=None if outcome is Outcome.OK else self._error or error)
+
+    @property
+    def n_events(self) -> int:
+        """Token events so far."""
+        return len(self._stamps_ns)
+
+    # ---------------------------------------------------------------------------------- inside
+
+    def _event(self, now_ns: int, event: openai.Event) -> None:
+        if event.error is not None:
+            self._say(f"{event.error.type or 'error'}: {event.error.message}")
+            full = event.error.is_queue_limit and not self._stamps_ns
+            self.fatal = Outcome.THROTTLED if full else Outcome.SERVER_ERROR_EVENT
+            return
+        if event.token:
+            self._token(now_ns, event)
+        self._seen_choices |= event.choices
+        self._finish = event.finish_reason or self._finish
+        self._usage = event.usage or self._usage
+        if self._finish and (event.done or event.usage) and not self.ended:
+            self.ended = True
+            self._end_ns = now_ns
+
+    def _token(self, now_ns: int, event: openai.Event) -> None:
+        if self.first_ns is None:
+            self.first_ns = now_ns
+        if event.visible and self._first_visible_ns is None:
+            self._first_visible_ns = now_ns
+        self._stamps_ns.append(now_ns)
+        n_tok = event.n_tok
+        if n_tok is None and event.usage is not None and event.usage.completion_tokens is not None:
+            n_tok = event.usage.completion_tokens - sum(self._event_tok)
+        if n_tok is not None:
+            self._event_tok.append(n_tok)
+
+    def _bad(self, why: str) -> None:
+        self._say(why)
+        self.fatal = Outcome.BAD_STREAM
+
+    def _say(self, why: str) -> None:
+        self._error = self._error or why[:500]
+
+    def _http_answer(self) -> None:
+        """A whole answer instead of a stream: an HTTP error, or JSON with status 200."""
+        assert self.status is not None
+        error = openai.error_body(self._body, self.status)
+        self._say(f"HTTP {self.status}: {error.message}")
+        if self.status == 200:
+            said_error = b'"error"' in self._body[:2000]
+            self.fatal = Outcome.SERVER_ERROR_EVENT if said_error else Outcome.BAD_STREAM
+        elif (self.status == 429 or self.status in self._throttle_status
+              or (self.status == 503 and (self._retry_after or error.is_queue_limit))):
+            self.fatal = Outcome.THROTTLED
+        else:
+            self.fatal = Outcome.HTTP_ERROR
+
+    def _outcome(self, failure: Outcome | None) -> Outcome:
+        if self.fatal is not None:
+            return self.fatal
+        if failure is not None and not self.ended:
+            return failure
+        if self._finish == "abort":
+            return Outcome.ABORTED
+        if not self._stamps_ns:
+            self._say("the stream ended without one token")
+            return Outcome.EMPTY
+        if self._finish is None:
+            self._say("the stream ended without a finish_reason")
+            return Outcome.TRUNCATED
+        if self._finish not in openai.GOOD_FINISH:
+            self._say(f"finish_reason {self._finish!r}")
+            return Outcome.SERVER_ERROR_EVENT
+        return Outcome.OK
