@@ -1,0 +1,219 @@
+"""Walks a leg's plan on the clock: starts each request when it is due, counts what came of it.
+
+Open loop: absolute instants; a start that is late is late (and counts into the latency), one that
+cannot be made is DROPPED. Closed loop: a slot sends its next request when the last one has ended.
+Bodies are built ahead of time, in idle moments.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from msgspec import Struct
+
+from loadgen import metrics, openai, plan
+from loadgen.client import Client, now_ns
+from loadgen.leg import Leg
+from loadgen.prompts import Ratio
+from loadgen.record import Outcome, RequestRecord, Shot
+from loadgen.scenario import Closed, Scenario, Slo
+from loadgen.store import Journal
+
+LOOKAHEAD = 64  # bodies built ahead
+
+
+class Work(Struct, frozen=True):
+    """What all legs of one generator process share. `seq` numbers its requests."""
+
+    scenario: Scenario
+    slos: dict[str, Slo]
+    ratios: dict[str, Ratio]
+    client: Client
+    journal: Journal
+    shard: int
+    of: int
+    seq: Iterator[int]
+
+
+class LegRun:
+    """One leg in this shard: starts requests when they are due, counts what came of them."""
+
+    def __init__(self, work: Work, leg: Leg, t0_ns: int) -> None:
+        self.work, self.leg, self.t0_ns = work, leg, t0_ns
+        self.error: BaseException | None = None  # not of a request: the leg cannot go on
+        self.flights: set[asyncio.Task[None]] = set()
+        self.stopping = asyncio.Event()
+        self.stopped_ns: int | None = None
+        self.last_due_ns = t0_ns
+        self.done = self.sampled = self.good = 0
+        self._awaited = 0  # measured requests in flight
+        self.outcomes: Counter[str] = Counter()
+        self._from_ns = t0_ns + round(leg.warmup_s * 1e9)
+        self._to_ns = (None if leg.measure_s is None or leg.num_sessions is not None
+                       else self._from_ns + round(leg.measure_s * 1e9))
+        planned = plan.sessions(work.scenario, leg, work.shard, work.of)
+        self._prepared = _Lookahead(planned, self._bodies, LOOKAHEAD)
+
+    async def run(self) -> None:
+        """To the end of the last request. Cancelled requests end as CANCELLED records."""
+        load = self.leg.load
+        builder = asyncio.create_task(self._prepared.fill())
+        connections = (len(self._slots(load)) if isinstance(load, Closed) else 16)
+        await self.work.client.open_connections(min(connections, 512))
+        if isinstance(load, Closed):
+            for slot in self._slots(load):
+                self._fly(self._slot(slot, load.concurrency))
+        else:
+            self._fly(self._schedule(load.max_inflight))
+        while self.flights:
+            await asyncio.wait(self.flights)
+        builder.cancel()
+
+    @property
+    def complete(self) -> bool:
+        """The measured window is over and all of its requests have ended. Load goes on until
+        then: what is measured last must not be served by a server that empties."""
+        return self._to_ns is not None and now_ns() >= self._to_ns and not self._awaited
+
+    def stop(self) -> None:
+        """No new requests; those in flight go on."""
+        if self.stopped_ns is None:
+            self.stopped_ns = now_ns()
+            self.stopping.set()
+
+    def cancel(self) -> None:
+        self.stop()
+        for flight in self.flights:
+            flight.cancel()
+
+    # ---------------------------------------------------------------------------------- inside
+
+    def _slots(self, load: Closed) -> range:
+        return range(self.work.shard, load.concurrency, self.work.of)
+
+    def _fly(self, doing: Coroutine[Any, Any, None]) -> None:
+        flight = asyncio.create_task(doing)
+        self.flights.add(flight)
+        flight.add_done_callback(self._landed)
+
+    def _landed(self, flight: asyncio.Task[None]) -> None:
+        self.flights.discard(flight)
+        if not flight.cancelled() and (error := flight.exception()) is not None:
+            self.error = self.error or error
+            self.cancel()
+
+    async def _slot(self, slot: int, slots: int) -> None:
+        """A closed loop's slot. The first starts are spread over the warm-up: all at once would
+        be a burst that no closed loop has later."""
+        due_ns = self.t0_ns + round(self.leg.warmup_s * 1e9 * slot / slots)
+        while await self._wait_until(due_ns):
+            ready = self._prepared.next()
+            if ready is None:
+                return
+            planned, bodies = ready
+            for turn, body in enumerate(bodies):
+                due_ns += round(planned.turns[turn].think_s * 1e9)
+                if not await self._wait_until(due_ns):
+                    return
+                await self._send(planned, turn, body, due_ns)
+                due_ns = now_ns()
+
+    async def _schedule(self, max_inflight: int) -> None:
+        """An open loop: each start at its instant; one that cannot be made is DROPPED."""
+        while (ready := self._prepared.next()) is not None:
+            planned, bodies = ready
+            due_ns = self.t0_ns + round((planned.due_s or 0.0) * 1e9)
+            if not await self._wait_until(due_ns):
+                return
+            if self.work.client.inflight >= max_inflight:
+                shot = self._shot(planned, 0, bodies[0], due_ns)
+                self._count(RequestRecord(
+                    leg=shot.leg, shard=shot.shard, seq=shot.seq, session=shot.session,
+                    turn=shot.turn, cls=shot.cls, due_ns=due_ns, end_ns=now_ns(),
+                    outcome=Outcome.DROPPED, error=f"max_inflight of {max_inflight} reached"))
+            else:
+                self._fly(self._turns(planned, bodies, due_ns))
+
+    async def _turns(self, planned: plan.Session, bodies: list[bytes], due_ns: int) -> None:
+        for turn, body in enumerate(bodies):
+            due_ns += round(planned.turns[turn].think_s * 1e9)
+            if turn and not await self._wait_until(due_ns):
+                return
+            await self._send(planned, turn, body, due_ns)
+            due_ns = now_ns()
+
+    async def _wait_until(self, due_ns: int) -> bool:
+        """False if the leg was stopped before the instant came."""
+        wait_s = (due_ns - now_ns()) / 1e9
+        if wait_s > 0 and not self.stopping.is_set():
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self.stopping.wait()
+            except TimeoutError:
+                pass
+        return not self.stopping.is_set()
+
+    async def _send(self, planned: plan.Session, turn: int, body: bytes, due_ns: int) -> None:
+        measured = self._measures(due_ns)
+        self._awaited += measured
+        record = await self.work.client.send(self._shot(planned, turn, body, due_ns))
+        self._awaited -= measured
+        self._count(record)
+
+    def _measures(self, due_ns: int) -> bool:
+        return due_ns >= self._from_ns and (self._to_ns is None or due_ns < self._to_ns)
+
+    def _shot(self, planned: plan.Session, turn: int, body: bytes, due_ns: int) -> Shot:
+        what = planned.turns[turn]
+        self.last_due_ns = max(self.last_due_ns, due_ns)
+        return Shot(leg=self.leg.id, shard=self.work.shard, seq=next(self.work.seq),
+                    session=planned.k, turn=turn, cls=planned.cls, due_ns=due_ns, body=body,
+                    want_prompt_tok=what.prompt_tok, max_tokens=what.output_tok,
+                    abandon_after_s=what.abandon_after_s)
+
+    def _bodies(self, planned: plan.Session) -> list[bytes]:
+        work = self.work
+        cls = work.scenario.of(planned.cls)
+        texts = [plan.prompt(cls, planned, turn, self.leg.seed, work.ratios[cls.name])
+                 for turn in range(len(planned.turns))]
+        return [openai.body(work.scenario.endpoint, work.client.target.model, text,
+                            what.output_tok, cls)
+                for text, what in zip(texts, planned.turns, strict=True)]
+
+    def _count(self, record: RequestRecord) -> None:
+        self.work.journal.append(record)
+        self.done += 1
+        self.outcomes[record.outcome.value] += 1
+        if self._measures(record.due_ns):
+            self.sampled += 1
+            self.good += not metrics.misses(record, self.work.slos[record.cls])
+
+
+class _Lookahead:
+    """Sessions whose bodies were built in idle moments before they are due."""
+
+    def __init__(self, planned: Iterator[plan.Session],
+                 bodies: Callable[[plan.Session], list[bytes]], depth: int) -> None:
+        self._planned, self._bodies, self._depth = planned, bodies, depth
+        self._ready: deque[tuple[plan.Session, list[bytes]]] = deque()
+        self._room = asyncio.Event()
+
+    def next(self) -> tuple[plan.Session, list[bytes]] | None:
+        """The next session of the plan, built now if need be; None: the plan is at its end."""
+        self._room.set()
+        if self._ready:
+            return self._ready.popleft()
+        session = next(self._planned, None)
+        return None if session is None else (session, self._bodies(session))
+
+    async def fill(self) -> None:
+        while True:
+            while len(self._ready) < self._depth:
+                session = next(self._planned, None)
+                if session is None:
+                    return
+                self._ready.append((session, self._bodies(session)))
+                await asyncio.sleep(0)  # one at a time: a request may be due
+            self._room.clear()
+            await self._room.wait()

@@ -1,0 +1,226 @@
+"""One generator process: plain asyncio, no Locust, no gevent. Commands come as JSON lines on
+stdin, frames go out as JSON lines on stdout, records go to its own journal.
+
+    stdin   Setup, then Command("leg") … Command("stop") … Command("cancel"), Command("lease")
+    stdout  Frame(kind="ready"), Frame("progress") twice a second, Frame("ended") per leg
+
+It dies with its parent: by pdeathsig, at EOF of stdin, and when no lease came for some seconds
+(the parent may be stopped, not dead). An orphan that goes on firing is worse than a lost run.
+"""
+
+import asyncio
+import ctypes
+import gc
+import itertools
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, Never
+
+import msgspec
+from msgspec import Struct
+
+from loadgen import metrics, scenario
+from loadgen.client import Client, now_ns
+from loadgen.drive import LegRun, Work
+from loadgen.errors import GeneratorError, StoreError
+from loadgen.leg import Leg
+from loadgen.prompts import Ratio
+from loadgen.store import SCHEMA, Header, Journal
+from loadgen.target import Target
+
+LEASE_S = 5.0
+PROBE_S = 0.02
+STALL_S = 0.25  # a loop this late did not merely wait its turn: the host or process stood still
+FRAME_S = 0.5
+
+
+class Setup(Struct, frozen=True):
+    """What a shard must know; the first line on its stdin."""
+
+    run: str
+    journal: str  # path
+    shard: int
+    of: int
+    scenario: dict[str, Any]
+    target: Target
+    ratios: dict[str, Ratio]
+    parent_pid: int
+
+
+class Command(Struct, frozen=True, omit_defaults=True):
+    """leg: run it from `t0_ns`. stop: no new requests, await what is in flight. cancel: now.
+    lease: the parent is alive."""
+
+    do: Literal["leg", "stop", "cancel", "lease"]
+    leg: Leg | None = None
+    t0_ns: int = 0
+
+
+class Frame(Struct, frozen=True, omit_defaults=True):
+    """What a shard tells while a leg runs; counts are of the leg so far. `ended` carries the
+    leg's last due instant and, if the shard had to give up, why."""
+
+    kind: Literal["ready", "progress", "ended"]
+    leg: str = ""
+    t_ns: int = 0
+    inflight: int = 0
+    done: int = 0
+    complete: bool = False  # the window is over and all that was due in it has ended
+    sampled: int = 0  # ended requests that were due in the window …
+    good: int = 0  # … and the good ones among them
+    outcomes: dict[str, int] = {}
+    stalls: list[tuple[int, int]] = []
+    lag_p99_s: float = 0.0
+    cpu_s: float = 0.0
+    last_due_ns: int = 0
+    stopped_ns: int | None = None
+    failed: str | None = None
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """The one place that decides on the event loop."""
+    return asyncio.new_event_loop()
+
+
+class Shard:
+    """The process: its pool of connections, its journal, the leg that runs."""
+
+    def __init__(self, setup: Setup, client: Client) -> None:
+        checked = scenario.parse(setup.scenario, "setup")
+        journal = Journal(Path(setup.journal))
+        journal.append(Header(SCHEMA, setup.run, setup.shard, now_ns(), time.time_ns()))
+        self.work = Work(
+            checked, {c.name: checked.slo_of(c.name) for c in checked.classes}, setup.ratios,
+            client, journal, setup.shard, setup.of, itertools.count())
+        self.running: LegRun | None = None
+        self.leased_ns = now_ns()
+        self._lags: list[float] = []
+        self._stalls: list[tuple[int, int]] = []
+
+    def begin(self, leg: Leg, t0_ns: int) -> LegRun:
+        """From here on `running` takes stop and cancel."""
+        self._lags, self._stalls = [], []
+        self.running = LegRun(self.work, leg, t0_ns)
+        return self.running
+
+    async def leg(self, run: LegRun) -> None:
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a pause of the collector would be in the stamps
+        reporter = asyncio.create_task(self._report(run))
+        try:
+            await run.run()
+        finally:
+            reporter.cancel()
+            gc.enable()
+            gc.unfreeze()
+        self.running = None
+        _tell(self._frame("ended", run))
+
+    async def _report(self, run: LegRun) -> None:
+        """Progress frames, and the probe of the loop's own lag: due every 20 ms, it measures how
+        late the loop comes round to anything."""
+        next_frame, expired = now_ns(), 0
+        while True:
+            before = now_ns()
+            await asyncio.sleep(PROBE_S)
+            now = now_ns()
+            late_s = (now - before) / 1e9 - PROBE_S
+            self._lags.append(late_s)
+            if late_s > STALL_S:
+                self._stalls.append((before, now))
+            expired = expired + 1 if (now - self.leased_ns) / 1e9 > LEASE_S else 0
+            if expired > 1 / PROBE_S:  # not right after a stall, that the parent had as well
+                run.error = GeneratorError("no lease from the parent: it is stopped or gone")
+                run.cancel()
+            if now >= next_frame or run.complete:
+                next_frame = now + round(FRAME_S * 1e9)
+                _tell(self._frame("progress", run))
+
+    def _frame(self, kind: Literal["progress", "ended"], run: LegRun) -> Frame:
+        lag = metrics.quantile(self._lags[-20_000:], 0.99) if kind == "ended" else None
+        return Frame(kind=kind, leg=run.leg.id, t_ns=now_ns(), inflight=self.work.client.inflight,
+                     done=run.done, complete=run.complete, sampled=run.sampled, good=run.good,
+                     outcomes=dict(run.outcomes), stalls=self._stalls,
+                     lag_p99_s=max(0.0, lag.value) if lag else 0.0, cpu_s=time.process_time(),
+                     last_due_ns=run.last_due_ns, stopped_ns=run.stopped_ns,
+                     failed=_says(run.error))
+
+
+def _says(error: BaseException | None) -> str | None:
+    """A full disk in its own words; anything else is a bug of ours, and shows its type."""
+    known = isinstance(error, StoreError | GeneratorError)
+    if error is None:
+        return None
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+_decode_command = msgspec.json.Decoder(Command, dec_hook=scenario.dec_hook).decode
+_encode_frame = msgspec.json.Encoder().encode
+
+
+def _tell(frame: Frame) -> None:
+    os.write(1, _encode_frame(frame) + b"\n")
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """SIGKILL for this process when its parent ends (Linux), even by SIGKILL."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the call above
+        _gone()
+
+
+def raise_fd_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _gone() -> Never:
+    os._exit(70)
+
+
+async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
+    checked = scenario.parse(setup.scenario, "setup")
+    async with Client(setup.target, checked) as client:
+        shard = Shard(setup, client)
+        _tell(Frame(kind="ready", t_ns=now_ns()))
+        leg: asyncio.Task[None] | None = None
+        while line := await lines.readline():
+            command = _decode_command(line)
+            shard.leased_ns = now_ns()
+            if command.do == "leg" and command.leg is not None:
+                leg = asyncio.create_task(shard.leg(shard.begin(command.leg, command.t0_ns)))
+            elif shard.running is not None and command.do == "stop":
+                shard.running.stop()
+            elif shard.running is not None and command.do == "cancel":
+                shard.running.cancel()
+        if leg is not None and not leg.done() and shard.running is not None:
+            shard.running.cancel()  # stdin closed: the parent is gone; keep the records and end
+            await asyncio.wait([leg], timeout=LEASE_S)
+
+
+async def _main() -> None:
+    lines = asyncio.StreamReader(limit=2**26)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    setup = msgspec.json.decode(await lines.readline(), type=Setup)
+    die_with_parent(setup.parent_pid)
+    raise_fd_limit()
+    await _serve(setup, lines)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to translate
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(_main())
+
+
+if __name__ == "__main__":
+    main()
