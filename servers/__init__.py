@@ -1,0 +1,1 @@
+"""The things under test: servers that a run starts, or finds, and watches."""

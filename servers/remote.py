@@ -1,0 +1,24 @@
+"""A server that runs already: nothing to start, nothing to stop."""
+
+from typing import Any
+
+from loadgen.target import Target
+
+
+class RemoteServer:
+    """Any OpenAI-compatible URL."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def start(self) -> Target:
+        return self._target
+
+    def alive(self) -> str | None:
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "remote", "simulated": False}
+
+    def stop(self) -> None:
+        pass

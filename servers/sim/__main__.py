@@ -1,0 +1,168 @@
+"""A simulated vLLM on a port: `python -m servers.sim`, with vLLM's options and exit codes."""
+
+import argparse
+import asyncio
+import ctypes
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+
+from aiohttp import web
+
+from servers.sim import costs, faults
+from servers.sim.app import Server
+from servers.sim.engine import Engine, EngineConfig
+from servers.sim.log import log
+
+PR_SET_PDEATHSIG = 1
+LATE_SHARE = 0.01  # of the steps late: then the log says that the schedule was not kept
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if options.parent_pid:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != options.parent_pid:  # gone before we asked, or never our parent
+            print(f"--parent-pid {options.parent_pid} is not this process's parent "
+                  f"({os.getppid()}), or is gone; nothing is served", file=sys.stderr)
+            return 1
+    try:
+        config = engine_config(options)
+    except costs.DoesNotFit as e:
+        log("EngineCore", "ERROR", "core.py:1512", f"EngineCore failed to start.\nValueError: {e}")
+        log("APIServer", "ERROR", "core.py:1100", "RuntimeError: Engine core initialization "
+            "failed. See root cause above. Failed core proc(s): {}")
+        return 1
+    return asyncio.run(serve(options, config))
+
+
+async def serve(options: argparse.Namespace, config: EngineConfig) -> int:
+    """Until SIGTERM, or until the engine has died; 0 in both cases, as from vLLM."""
+    server = Server(Engine(config), options.served_model_name or [options.model],
+                    utilization=options.gpu_memory_utilization, api_key=options.api_key,
+                    fault=options.fault, speed=options.speed)
+    log_start(config)
+    runner = server.runner()
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, options.host, int(options.port), backlog=2048).start()
+    except OSError as e:
+        print(f"cannot listen on {options.host}:{options.port}: {os.strerror(e.errno or 0)}; "
+              "choose another --port, or 0 for any free one", file=sys.stderr)
+        await runner.cleanup()
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, server.stopped.set)
+    log("APIServer", "INFO", "entry.py:140", "Starting vLLM server (simulated) on "
+        f"http://{options.host}:{runner.addresses[0][1]}")
+    await server.stopped.wait()
+    server.abort_all()
+    await runner.cleanup()
+    late = server.pacing
+    if late.late_frac() > LATE_SHARE:
+        log("APIServer", "WARNING", "sim", f"the simulator fell behind its schedule: "
+            f"{late.late_frac():.1%} of {late.steps} steps came late, the worst by "
+            f"{late.worst_s:.3f} s; this host's CPU, not the simulated GPU, was measured")
+    return 0
+
+
+def log_start(config: EngineConfig) -> None:
+    tokens = config.num_blocks * costs.BLOCK_TOK
+    log("EngineCore", "INFO", "sim", f"SIMULATED: {config.machine.model.name} on "
+        f"{config.machine.tp} x {config.machine.gpu.name}")
+    log("EngineCore", "INFO", "kv_cache_utils.py:2327", f"GPU KV cache size: {tokens:,} tokens, "
+        f"Maximum concurrency for {config.max_model_len:,} tokens per request: "
+        f"{tokens / config.max_model_len:.2f}x")
+
+
+# --------------------------------------------------------------------------------------- options
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m servers.sim", allow_abbrev=False,
+                                description=__doc__)
+    p.add_argument("--host", default="127.0.0.1")
+    p.add_argument("--port", type=_number(int, 0, 65535), default=8000, help="0: any free one")
+    p.add_argument("--gpu", type=_one_of(costs.GPUS), default="4090d")
+    p.add_argument("--model", type=_one_of(costs.MODELS), default="qwen2.5-7b")
+    p.add_argument("--tensor-parallel-size", "-tp", type=_number(int, 1, 64), default=1)
+    p.add_argument("--gpu-memory-utilization", type=_number(float, 0.01, 1), default=0.92)
+    p.add_argument("--max-model-len", type=_number(int, 1, 10**7))
+    p.add_argument("--max-num-seqs", type=_number(int, 1, 10**5))
+    p.add_argument("--max-num-batched-tokens", type=_number(int, 1, 10**6))
+    p.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--served-model-name", nargs="+")
+    p.add_argument("--api-key")
+    p.add_argument("--seed", type=_number(int, 0, 2**63), default=0)
+    p.add_argument("--mean-output-tokens", type=_number(float, 1, 10**6), default=256.0,
+                   help="of answers that end by themselves (no ignore_eos)")
+    p.add_argument("--fault", type=_fault, help="oom@N, die@N, hang@N: at N running requests")
+    p.add_argument("--speed", type=_number(float, 0.001, 1000), default=1.0,
+                   help="simulated seconds per second")
+    p.add_argument("--parent-pid", type=_number(int, 1, 2**31), help="exit when it is gone")
+    options, unknown = p.parse_known_args(argv)
+    if unknown:
+        known = [o for a in p._actions for o in a.option_strings]
+        p.error(f"unknown option {unknown[0]!r}{_nearest(unknown[0].split('=')[0], known)}; "
+                "--help lists all")
+    return options
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """Raises DoesNotFit."""
+    machine = costs.Machine(costs.GPUS[_key(options.gpu)], costs.MODELS[_key(options.model)],
+                            options.tensor_parallel_size)
+    batched_tok, seqs = costs.batch_defaults(machine.gpu)
+    batched_tok = options.max_num_batched_tokens or batched_tok
+    seqs = options.max_num_seqs or seqs
+    max_model_len = options.max_model_len or machine.model.max_len
+    blocks = costs.kv_blocks(machine, options.gpu_memory_utilization, batched_tok, seqs,
+                             max_model_len)
+    return EngineConfig(machine, blocks, max_model_len, batched_tok, seqs,
+                        options.enable_prefix_caching, options.mean_output_tokens, options.seed)
+
+
+def _key(name: str) -> str:
+    """`Qwen/Qwen2.5-7B-Instruct` or `RTX-4090D` as the tables have it."""
+    key = name.rsplit("/", 1)[-1].lower().removeprefix("meta-").removesuffix("-instruct")
+    return key.removeprefix("rtx").lstrip("-_ ")
+
+
+def _one_of(known: Iterable[str]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if _key(name) not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is not simulated"
+                                             f"{_nearest(_key(name), known)}; there are: "
+                                             f"{', '.join(known)}")
+        return name
+    return check
+
+
+def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+    def check(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return value
+    return check
+
+
+def _fault(text: str) -> faults.Fault:
+    try:
+        return faults.parse_engine_fault(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=2)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

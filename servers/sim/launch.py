@@ -1,0 +1,46 @@
+"""The simulator as a server that is launched: a process of its own, so that it is loaded over
+real sockets and does not share the generator's interpreter."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loadgen.target import Target, without_secrets
+from servers.base import ServerProcess, free_port, option
+
+DEFAULT_MODEL = "qwen2.5-7b"
+
+
+class SimServer:
+    """`options`: what stands after `--`, as `--gpu 4090d --model qwen2.5-7b`."""
+
+    def __init__(self, options: Sequence[str], log: Path) -> None:
+        host = option(options, "--host") or "127.0.0.1"
+        port = option(options, "--port") or str(free_port())  # kept over restarts
+        key = option(options, "--api-key")
+        model = option(options, "--served-model-name") or option(options, "--model")
+        self._command = [sys.executable, "-m", "servers.sim", *options, "--host", host,
+                         "--port", port, "--parent-pid", str(os.getpid())]
+        self._target = Target(f"http://{host}:{port}", model or DEFAULT_MODEL,
+                              {"Authorization": f"Bearer {key}"} if key else {})
+        self._log = log
+        self._process: ServerProcess | None = None
+
+    def start(self) -> Target:
+        self._process = ServerProcess(self._command, self._log)
+        return self._target
+
+    def alive(self) -> str | None:
+        return self._process.died() if self._process else "it was not started"
+
+    def facts(self) -> dict[str, Any]:
+        tail = self._process.tail(50) if self._process else []
+        said = [x for x in tail if "KV cache" in x or "concurrency" in x]
+        return {"kind": "sim", "simulated": True, "command": without_secrets(self._command),
+                "log": [x.strip() for x in said][:4]}
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()

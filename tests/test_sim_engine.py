@@ -1,0 +1,386 @@
+"""The simulator's engine and its arithmetic, in virtual time."""
+
+import heapq
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+
+from servers.sim.costs import (
+    FRONT_REQUEST_S,
+    GPUS,
+    MODELS,
+    Batch,
+    DoesNotFit,
+    Machine,
+    batch_defaults,
+    kv_blocks,
+    step_time_s,
+)
+from servers.sim.engine import Engine, EngineConfig, Request, Step
+
+
+def machine(gpu: str = "4090d", model: str = "qwen2.5-7b", tp: int = 1) -> Machine:
+    return Machine(GPUS[gpu], MODELS[model], tp)
+
+
+def blocks_of(m: Machine, max_model_len: int = 8192, utilization: float = 0.92) -> int:
+    return kv_blocks(m, utilization, *batch_defaults(m.gpu), max_model_len)
+
+
+SMALL = EngineConfig(machine(), num_blocks=64, max_model_len=512, max_num_seqs=16)
+
+
+def request(i: int, prompt_tok: int = 100, output_tok: int = 50,
+            blocks: tuple[int, ...] = ()) -> Request:
+    return Request(i, prompt_tok, output_tok, ignore_eos=True, prompt_blocks=blocks)
+
+
+def run(engine: Engine, limit: int = 100_000) -> list[Step]:
+    """Steps until there is nothing to do."""
+    steps: list[Step] = []
+    now_s = 0.0
+    while (step := engine.step(now_s)) is not None:
+        steps.append(step)
+        now_s = step.end_s
+        assert len(steps) < limit
+    return steps
+
+
+def tokens_per_request(steps: list[Step]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for step in steps:
+        for i in step.tokens:
+            counts[i] = counts.get(i, 0) + 1
+    return counts
+
+
+# ------------------------------------------------------------------------------------- scheduler
+
+
+def test_every_request_gets_exactly_the_tokens_it_asked_for() -> None:
+    engine = Engine(SMALL)
+    for i in range(40):
+        engine.submit(request(i, prompt_tok=20 + i, output_tok=1 + i))
+    steps = run(engine)
+    assert tokens_per_request(steps) == {i: 1 + i for i in range(40)}
+    assert {i: r for s in steps for i, r in s.finished.items()} == dict.fromkeys(range(40),
+                                                                                 "length")
+    assert engine.stats.generation_tok == sum(range(1, 41))
+    assert engine.stats.prompt_tok == sum(20 + i for i in range(40))
+
+
+def test_short_memory_preempts_and_everything_still_finishes() -> None:
+    engine = Engine(replace(SMALL, num_blocks=40))
+    for i in range(8):
+        engine.submit(request(i, prompt_tok=60, output_tok=200))
+    steps = run(engine)
+    assert engine.stats.preemptions > 0
+    assert tokens_per_request(steps) == dict.fromkeys(range(8), 200)
+    assert engine.stats.prompt_tok == 8 * 60  # a recomputed prompt counts once
+
+
+def test_preemption_takes_the_last_one_and_puts_it_at_the_head_of_the_queue() -> None:
+    engine = Engine(replace(SMALL, num_blocks=20))
+    for i in range(3):
+        engine.submit(request(i, prompt_tok=96, output_tok=100))
+    engine.submit(request(3, prompt_tok=64, output_tok=1))
+    while not engine.stats.preemptions:
+        step = engine.step(0.0)
+    assert step is not None
+    assert step.tokens == [0, 1]
+    assert [s.request.id for s in engine._waiting] == [2, 3]
+
+
+def test_no_block_is_lost_or_made_whatever_happens() -> None:
+    rng = random.Random(5)
+    engine = Engine(replace(SMALL, num_blocks=48))
+    pool = engine._pool
+    now_s = 0.0
+    for i in range(400):
+        if rng.random() < 0.4:
+            prompt = rng.randint(1, 300)
+            shared = tuple(range(rng.choice((0, 1000)), 2000))[:prompt // 16]
+            engine.submit(request(i, prompt, rng.randint(1, 200), shared))
+        if rng.random() < 0.1:
+            engine.abort(rng.randint(0, i))
+        step = engine.step(now_s)
+        now_s = step.end_s if step else now_s
+        held = sum(s.room // 16 - len(s.findable) for s in engine._running)
+        assert pool.free + held + len(pool._refs) + len(pool._idle) == pool.size
+        assert pool.free >= 0
+    run(engine)
+    assert engine.stats.preemptions > 0
+    assert engine.stats.prefix_hits > 0
+    assert (engine.running, engine.waiting, engine.kv_usage) == (0, 0, 0.0)
+
+
+def test_equal_calls_give_equal_steps() -> None:
+    def trace(seed: int) -> list[Step]:
+        engine = Engine(replace(SMALL, num_blocks=40, seed=seed))
+        for i in range(12):
+            engine.submit(Request(i, 50 + i, 400))
+        return run(engine)
+
+    assert trace(1) == trace(1)
+    assert trace(1) != trace(2)
+
+
+def test_an_aborted_request_frees_its_blocks_at_the_next_step() -> None:
+    engine = Engine(SMALL)
+    engine.submit(request(1))
+    engine.submit(request(2))
+    assert engine.step(0.0) is not None
+    before = engine.kv_usage
+    engine.abort(1)
+    assert engine.kv_usage == before
+    step = engine.step(1.0)
+    assert step is not None
+    assert step.tokens == [2]
+    assert engine.kv_usage == before / 2
+
+
+def test_a_waiting_request_can_be_aborted_and_unknown_ones_are_ignored() -> None:
+    engine = Engine(replace(SMALL, max_num_seqs=1))
+    engine.submit(request(1, output_tok=5))
+    engine.submit(request(2, output_tok=5))
+    engine.abort(2)
+    engine.abort(77)
+    assert tokens_per_request(run(engine)) == {1: 5}
+
+
+def test_a_request_that_does_not_fit_blocks_those_behind_it() -> None:
+    engine = Engine(replace(SMALL, num_blocks=32))
+    engine.submit(request(0, prompt_tok=200, output_tok=100))
+    engine.step(0.0)
+    engine.submit(request(1, prompt_tok=400, output_tok=1))
+    engine.submit(request(2, prompt_tok=16, output_tok=1))
+    step = engine.step(1.0)
+    assert step is not None
+    assert step.tokens == [0]
+    assert engine.waiting == 2
+
+
+def test_no_more_than_max_num_seqs_run() -> None:
+    engine = Engine(replace(SMALL, max_num_seqs=3))
+    for i in range(9):
+        engine.submit(request(i, output_tok=10))
+    assert max(len(s.tokens) for s in run(engine)) == 3
+
+
+def test_a_long_prompt_is_cut_into_chunks_beside_the_others_decode() -> None:
+    engine = Engine(EngineConfig(machine(), 2000, 8192, max_num_batched_tokens=512))
+    engine.submit(request(1, prompt_tok=16, output_tok=100))
+    engine.step(0.0)
+    engine.submit(request(2, prompt_tok=1500, output_tok=1))
+    steps = [engine.step(1.0) for _ in range(3)]
+    assert [s.tokens for s in steps if s] == [[1], [1], [1, 2]]
+    alone = engine.step(2.0)
+    assert alone is not None
+    assert steps[0] is not None
+    assert steps[0].duration_s > 3 * alone.duration_s  # the chunk is in the other's token gap
+
+
+# ---------------------------------------------------------------------------------- prefix cache
+
+
+def test_an_equal_prefix_is_computed_once() -> None:
+    engine = Engine(SMALL)
+    blocks = tuple(range(100, 106))
+    engine.submit(request(1, 100, 1, blocks))
+    first = run(engine)
+    engine.submit(request(2, 100, 1, blocks))
+    second = run(engine)
+    assert (engine.stats.prefix_queries, engine.stats.prefix_hits) == (200, 96)
+    assert second[0].duration_s < first[0].duration_s
+
+
+def test_the_last_token_is_always_computed() -> None:
+    engine = Engine(SMALL)
+    for i in (1, 2):
+        engine.submit(request(i, 96, 3, tuple(range(6))))
+        assert tokens_per_request(run(engine)) == {i: 3}
+    assert engine.stats.prefix_hits == 80
+
+
+def test_the_prefix_cache_can_be_off() -> None:
+    engine = Engine(replace(SMALL, prefix_caching=False))
+    for i in range(3):
+        engine.submit(request(i, 96, 3, tuple(range(6))))
+    run(engine)
+    assert (engine.stats.prefix_queries, engine.stats.prefix_hits) == (0, 0)
+
+
+def test_cached_blocks_are_given_away_oldest_first_when_memory_is_wanted() -> None:
+    engine = Engine(replace(SMALL, num_blocks=32))
+    old, new = tuple(range(10)), tuple(range(50, 60))
+    for i, blocks in enumerate((old, new)):
+        engine.submit(request(i, 160, 1, blocks))
+        run(engine)
+    engine.submit(request(2, 300, 1))  # 19 blocks: 12 are unused, 7 come from the old prefix
+    run(engine)
+    for i, blocks, hits in ((3, new, 144), (4, old, 48)):
+        before = engine.stats.prefix_hits
+        engine.submit(request(i, 160, 1, blocks))
+        run(engine)
+        assert engine.stats.prefix_hits - before == hits
+
+
+# ------------------------------------------------------------------------------------------- EOS
+
+
+def test_answers_end_by_themselves_unless_told_not_to() -> None:
+    engine = Engine(EngineConfig(machine(), 7000, 32768, mean_output_tok=100))
+    for i in range(600):
+        engine.submit(Request(i, 10, 10_000))
+    counts = tokens_per_request(run(engine))
+    assert engine.stats.finished == {"stop": 600}
+    assert sum(counts.values()) / 600 == pytest.approx(100, rel=0.15)
+
+
+def test_min_tokens_holds_back_the_end() -> None:
+    engine = Engine(EngineConfig(machine(), 7000, 32768, mean_output_tok=2))
+    for i in range(50):
+        engine.submit(Request(i, 10, 10_000, min_tokens=40))
+    assert min(tokens_per_request(run(engine)).values()) > 40
+
+
+def test_no_answer_is_longer_than_the_models_context() -> None:
+    engine = Engine(SMALL)
+    engine.submit(request(1, prompt_tok=500, output_tok=400))
+    assert tokens_per_request(run(engine)) == {1: 12}
+
+
+# ----------------------------------------------------------------------------------------- costs
+
+
+def test_a_step_never_gets_cheaper_with_more_work() -> None:
+    m = machine()
+    base = Batch(32, 32, 32e3, 32_000)
+    for more in (replace(base, new_tok=64), replace(base, sampled=64),
+                 replace(base, attended=1e9), replace(base, context_tok=64_000)):
+        assert step_time_s(m, more) >= step_time_s(m, base)
+    decode = [step_time_s(m, Batch(b, b, b * 1e3, b * 1000)) for b in (1, 8, 32, 64, 128, 256)]
+    assert decode == sorted(decode)
+    prefill = [step_time_s(m, Batch(n, 1, n * n / 2, n)) for n in (16, 256, 1024, 2048)]
+    assert prefill == sorted(prefill)
+
+
+def test_two_gpus_are_faster_than_one_but_not_twice() -> None:
+    batch = Batch(1, 1, 1000, 1000)
+    one, two = (step_time_s(machine(tp=tp), batch) for tp in (1, 2))
+    assert one / 2 < two < one
+
+
+@pytest.mark.parametrize(("gpu", "model", "tp", "blocks"), [
+    ("3090", "qwen2.5-7b", 1, 7_274), ("3090", "llama-3-8b", 1, 2_837),
+    ("4090d", "qwen2.5-7b", 1, 7_274), ("4090d", "qwen2.5-0.5b", 1, 107_607),
+    ("4090d", "qwen2.5-7b", 2, 30_095), ("4090d", "llama-3-8b", 2, 12_871),
+    ("4090d", "qwen2.5-14b", 2, 4_245), ("a100-80", "qwen2.5-7b", 1, 67_137),
+    ("h200", "qwen2.5-7b", 1, 130_060), ("h200", "llama-3-8b", 1, 56_706),
+])
+def test_kv_blocks_are_those_of_the_formula(gpu: str, model: str, tp: int, blocks: int) -> None:
+    assert blocks_of(machine(gpu, model, tp)) == pytest.approx(blocks, rel=0.002)
+
+
+def test_h200_figures_are_near_the_measured_ones() -> None:
+    m = machine("h200")
+    assert blocks_of(m, 32768, 0.9) * 16 == pytest.approx(2_063_088, rel=0.05)
+    for streams, itl_ms in ((1, 4.75), (8, 4.95), (64, 5.99), (256, 13.9)):
+        batch = Batch(streams, streams, streams * 1152.0, streams * 1152)
+        assert step_time_s(m, batch) * 1e3 == pytest.approx(itl_ms, rel=0.07)
+    prefill = Batch(8192, 8, 8 * 1024 * 512.0, 8192)
+    assert 8192 / step_time_s(m, prefill) == pytest.approx(43_600, rel=0.07)
+
+
+@pytest.mark.parametrize(("asked", "max_model_len", "utilization", "said"), [
+    (machine("3090", "qwen2.5-14b"), 8192, 0.92, "CUDA out of memory"),
+    (machine(), 8192, 0.6, "No available memory for the cache blocks"),
+    (machine(), 131_072, 0.92, "To serve at least one request"),
+    (machine(tp=3), 8192, 0.92, "must be divisible by tensor parallel size"),
+])
+def test_what_does_not_fit_is_refused_as_vllm_does(asked: Machine, max_model_len: int,
+                                                   utilization: float, said: str) -> None:
+    with pytest.raises(DoesNotFit, match=said):
+        blocks_of(asked, max_model_len, utilization)
+
+
+# ----------------------------------------------------------------------------------- closed loop
+
+
+@dataclass
+class Served:
+    due_s: float
+    output_tok: int
+    first_s: float = 0.0
+    last_s: float = 0.0
+
+    def good(self) -> bool:
+        tpot_s = (self.last_s - self.first_s) / (self.output_tok - 1)
+        return self.first_s - self.due_s <= 2.0 and tpot_s <= 0.05
+
+
+def mix(rng: random.Random) -> tuple[int, int]:
+    """(prompt, output) tokens: 20 % documents, 50 % code, 30 % JSON."""
+    kind = rng.random()
+    if kind < 0.2:
+        return 2048, rng.randint(200, 300)
+    if kind < 0.7:
+        return rng.randint(100, 300), rng.randint(180, 260)
+    return rng.randint(200, 400), rng.randint(90, 130)
+
+
+def closed_loop(concurrency: int, duration_s: float,
+                draw: Callable[[random.Random], tuple[int, int]] = mix) -> list[Served]:
+    """Finished requests; each slot sends its next one when the last has ended."""
+    engine = Engine(EngineConfig(machine(), blocks_of(machine(), 32768), 32768))
+    rng, now_s = random.Random(1), 0.0
+    due, served, done = [0.0] * concurrency, list[Served](), list[Served]()
+    while now_s < duration_s:
+        while due and due[0] + FRONT_REQUEST_S <= now_s:
+            prompt, output = draw(rng)
+            engine.submit(request(len(served), prompt, output))
+            served.append(Served(heapq.heappop(due), output))
+        step = engine.step(now_s)
+        if step is None:
+            now_s = due[0] + FRONT_REQUEST_S
+            continue
+        now_s = step.end_s
+        for i in step.tokens:
+            served[i].first_s = served[i].first_s or now_s
+        for i in step.finished:
+            served[i].last_s = now_s
+            heapq.heappush(due, now_s)
+            done.append(served[i])
+    return done
+
+
+WARM_UP_S = 40.0
+
+
+@pytest.mark.parametrize(("concurrency", "rate_rps"), [
+    (1, 0.29), (2, 0.55), (4, 1.0), (8, 1.9), (16, 3.2), (32, 4.7), (64, 5.9), (128, 6.6)])
+def test_the_default_profile_serves_the_mix_at_the_expected_rate(concurrency: int,
+                                                                 rate_rps: float) -> None:
+    until_s = WARM_UP_S + max(150, 300 / rate_rps)
+    done = [r for r in closed_loop(concurrency, until_s) if r.last_s > WARM_UP_S]
+    assert len(done) / (until_s - WARM_UP_S) == pytest.approx(rate_rps, rel=0.15)
+
+
+def test_slo_attainment_falls_off_between_32_and_64() -> None:
+    share = {}
+    for concurrency in (16, 32, 48, 64):
+        done = [r for r in closed_loop(concurrency, 240) if r.due_s > WARM_UP_S]
+        share[concurrency] = sum(r.good() for r in done) / len(done)
+    assert share[16] > 0.99
+    assert share[32] > 0.95
+    assert share[48] < 0.9
+    assert share[64] < 0.5
+
+
+def test_the_engine_is_far_faster_than_real_time() -> None:
+    start_s = time.process_time()
+    closed_loop(32, 100)
+    assert time.process_time() - start_s < 100 / 200  # ~1,800 times on an idle core
