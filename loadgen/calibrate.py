@@ -1,0 +1,122 @@
+"""Before the clock starts: does the server answer at all, and how long are prompts in its tokens?
+
+Characters per token are measured with /tokenize where the server has it, else with the usage of
+a few requests for one token, else guessed. Nothing here is part of the measurement.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import aiohttp
+
+from loadgen import openai, plan, prompts
+from loadgen.client import Client, now_ns
+from loadgen.errors import ScenarioError, ServerError
+from loadgen.prompts import Ratio
+from loadgen.record import Outcome, RequestRecord, Shot
+from loadgen.scenario import RequestClass, Scenario, longest
+from loadgen.target import Target
+
+SAMPLES = 20  # over all classes
+PROBES = 3  # per class, where only usage counts tokens
+RETRY_S = 0.05
+
+
+async def wait_ready(target: Target, scenario: Scenario, alive: Callable[[], str | None],
+                     patience_s: float) -> None:
+    """Returns when a whole streamed answer came. Raises ServerError if the server dies first or
+    does not serve within `patience_s`; ScenarioError if it refuses this model or key."""
+    until = time.monotonic() + patience_s
+    async with Client(target, scenario) as client:
+        while True:
+            record = await _ask(client, scenario, scenario.classes[0], "Hello", 2)
+            if record.outcome is Outcome.OK:
+                return
+            if (died := alive()) is not None:
+                raise ServerError(f"the server died before it could serve: {died}")
+            if record.status in (400, 401, 403, 404, 422):
+                raise ScenarioError(
+                    f"{target.base_url} refuses a request for model {target.model!r}: "
+                    f"{record.error}. Check --model, --api-key and the scenario's sampling")
+            if time.monotonic() > until:
+                said = f" ({record.error})" if record.error else ""
+                raise ServerError(f"{target.base_url} gave no streamed answer within "
+                                  f"{patience_s:.0f} s: {record.outcome}{said}")
+            await asyncio.sleep(RETRY_S)
+
+
+async def the_model(base_url: str, headers: dict[str, str]) -> str:
+    """The server's model if it has just one. Raises ScenarioError (name one) or ServerError."""
+    url = f"{base_url}/v1/models"
+    try:
+        async with (aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
+                    session.get(url, headers=headers) as answer):
+            if answer.status != 200:
+                raise ScenarioError(f"{url} says {answer.status}; give --model NAME (and "
+                                    "--api-key KEY if the server wants one)")
+            said = await answer.json(content_type=None)
+            names = [str(m["id"]) for m in said["data"]]
+    except (aiohttp.ClientError, TimeoutError, OSError) as e:
+        raise ServerError(f"{base_url} cannot be reached: {e}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ScenarioError(f"{url} does not list models; give --model NAME") from e
+    if len(names) == 1:
+        return names[0]
+    raise ScenarioError(f"the server has several models; give --model, one of: {', '.join(names)}")
+
+
+async def ratios(target: Target, scenario: Scenario, seed: int) -> dict[str, Ratio]:
+    """Characters per token of each class, by the best means the server offers."""
+    found: dict[str, Ratio] = {}
+    async with Client(target, scenario) as client:
+        for c in scenario.classes:
+            texts = _texts(c, seed, -(-SAMPLES // len(scenario.classes)))
+            counts = await _tokenized(target, scenario, texts)
+            if counts:
+                found[c.name] = prompts.fit(counts, "tokenize")
+                continue
+            texts = texts[:: -(-len(texts) // PROBES)]
+            answers = [await _ask(client, scenario, c, text, 1) for text in texts]
+            counts = [(len(t), r.prompt_tok) for t, r in zip(texts, answers, strict=True)
+                      if r.prompt_tok]
+            found[c.name] = prompts.fit(counts, "usage") if counts else prompts.guess(c)
+    return found
+
+
+def _texts(c: RequestClass, seed: int, n: int) -> list[str]:
+    """Prompts of the class, of lengths from a quarter to the whole of its longest."""
+    most, guess = min(longest(c.prompt_tok), 4096), prompts.guess(c)
+    texts = []
+    for k in range(n):
+        rng = plan.stream(seed, plan.CALIBRATION, k)
+        prefix = (0,) if c.shared_prefix else None
+        tokens = max(16, round(most * (k + n // 3 + 1) / (n + n // 3)))
+        texts.append(prompts.build(c, tokens, guess, rng, plan.nonce(seed, k, 63), prefix))
+    return texts
+
+
+async def _tokenized(target: Target, scenario: Scenario,
+                     texts: list[str]) -> list[tuple[int, int]]:
+    """(characters, tokens) of each text by the server's /tokenize; [] if it has none."""
+    url, counts = f"{target.base_url}/tokenize", []
+    async with aiohttp.ClientSession(headers=target.headers,
+                                     timeout=aiohttp.ClientTimeout(total=10)) as session:
+        for text in texts:
+            what = ({"messages": [{"role": "user", "content": text}]}
+                    if scenario.endpoint == "chat" else {"prompt": text})
+            try:
+                async with session.post(url, json={"model": target.model, **what}) as answer:
+                    if answer.status != 200:
+                        return []
+                    counts.append((len(text), int((await answer.json())["count"])))
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
+                return []
+    return counts
+
+
+async def _ask(client: Client, scenario: Scenario, c: RequestClass, text: str,
+               tokens: int) -> RequestRecord:
+    body = openai.body(scenario.endpoint, client.target.model, text, tokens, c)
+    return await client.send(Shot(leg="", shard=0, seq=0, session=0, turn=0, cls=c.name,
+                                  due_ns=now_ns(), body=body, max_tokens=tokens))

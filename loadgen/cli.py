@@ -1,0 +1,429 @@
+"""The command line: composition only. What follows `--` are options of the server."""
+
+import secrets
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from rich.console import Console
+
+from loadgen import __version__, scenario
+from loadgen.errors import GeneratorError, LoadgenError, ScenarioError, ServerError, StoreError
+from loadgen.judge import Criteria
+from loadgen.leg import Leg
+from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, Slo, Trace
+from loadgen.target import Target, base_of
+
+PASS, SLO_MISSED, USAGE, INVALID, DIED, INCONCLUSIVE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+_EXIT = {ScenarioError: USAGE, ServerError: DIED, StoreError: INVALID, GeneratorError: INVALID}
+DEFAULT_BUDGET = "230s"
+
+
+class _Duration(click.ParamType[Seconds]):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None,
+                ctx: click.Context | None) -> Seconds:
+        try:
+            return value if isinstance(value, Seconds) else Seconds.parse(value)
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
+
+
+class _Group(click.Group):
+    """Cuts the words after `--` off before click reads the rest: they are the server's."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.obj = tuple(args[at + 1:])
+        return super().parse_args(ctx, args[:at])
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"],
+                                           "max_content_width": 100})
+@click.version_option(__version__, prog_name="loadgen")
+def main() -> None:
+    """Load tests for LLM servers whose number an engineer would sign.
+
+    \b
+    loadgen sweep --max-concurrency 128       how many concurrent requests are safe?
+    loadgen run mixed --rate 4 --duration 60s one load, measured
+    loadgen report runs/X --slo ttft=1s       judge an old run by other limits
+
+    Exit codes: 0 pass, 1 SLO not met, 2 usage, 3 measurement invalid, 4 server died or cannot be
+    reached, 5 inconclusive, 130 interrupted.
+    """
+
+
+def _target_options(command: Any) -> Any:
+    """Options that sweep and run share."""
+    for option in reversed([
+        click.option("--server", type=click.Choice(["sim"]), help="Server to start; its options "
+                     "follow `--`. Default: the simulator, if no --base-url is given."),
+        click.option("--base-url", metavar="URL", help="An OpenAI-compatible server that runs."),
+        click.option("--model", help="Model name to ask for. Default: the server's only one."),
+        click.option("--api-key", envvar="LOADGEN_API_KEY", metavar="KEY",
+                     help="Sent as a bearer token. Also $LOADGEN_API_KEY. Never written down."),
+        click.option("--header", "headers", multiple=True, metavar="K=V",
+                     help="Another request header; may be repeated. Never written down."),
+        click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
+                     help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
+                     "or vLLM's ttft:1000 in ms."),
+        click.option("--target", type=click.FloatRange(0.5, 0.9999), default=0.95,
+                     show_default=True, help="Share of requests that must meet the SLO."),
+        click.option("--seed", type=click.IntRange(0, 2**40), help="Same seed, same plan. "
+                     "Default: a fresh one, so that no cache knows the prompts."),
+        click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True,
+                     help="Generator processes; the plan is split exactly."),
+        click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER",
+                     help="Run folder. Default: runs/DATE-TIME-SCENARIO."),
+        click.option("--report/--no-report", default=True, show_default=True,
+                     help="Write report.html and charts when the run is over."),
+    ]):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("name", metavar="[SCENARIO]", default="mixed")
+@click.option("--max-concurrency", type=click.IntRange(1, 100_000), metavar="N",
+              help="Ladder 1, 2, 4 … N of requests in flight (closed loop).")
+@click.option("--max-rate", type=click.FloatRange(0, min_open=True), metavar="R",
+              help="Ladder up to R requests per second (open loop, Poisson).")
+@click.option("--levels", metavar="A,B,C", help="These levels instead of powers of two.")
+@click.option("--budget", type=_Duration(), default=DEFAULT_BUDGET, show_default=True,
+              help="Time the whole search may take.")
+@_target_options
+@click.pass_obj
+def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | None,
+          max_rate: float | None, levels: str | None, budget: Seconds, **options: Any) -> None:
+    """How much load is safe? Climbs a ladder of levels, then proves the highest good one.
+
+    \b
+    loadgen sweep --max-concurrency 128
+    loadgen sweep chat --max-concurrency 64 --base-url http://127.0.0.1:8000 --slo ttft=500ms
+    loadgen sweep --max-rate 8 --server sim -- --gpu h200 --model qwen2.5-7b
+    """
+    from loadgen.ramp import SweepPlan  # noqa: PLC0415  (heavy imports wait for the command)
+
+    if (max_concurrency is None) == (max_rate is None):
+        raise click.UsageError("give --max-concurrency N or --max-rate R")
+    axis: Literal["concurrency", "rate"] = "rate" if max_rate else "concurrency"
+    ladder = _levels(levels, float(max_concurrency or max_rate or 0), axis)
+
+    def search(session: Any, view: Any) -> Any:
+        from loadgen import runner  # noqa: PLC0415
+
+        return runner.run_sweep(session, SweepPlan(
+            axis=axis, levels=ladder, budget_s=float(budget), seed=session.seed,
+            criteria=session.criteria, can_restart=session.server.facts()["kind"] != "remote"),
+            view)
+
+    _measure(name, server_options, options, search, budget)
+
+
+@main.command()
+@click.argument("name", metavar="SCENARIO")
+@click.option("--concurrency", type=click.IntRange(1, 100_000), metavar="N",
+              help="Closed loop: N requests in flight.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), metavar="R",
+              help="Open loop: R requests per second, whatever the server does.")
+@click.option("--arrivals", type=click.Choice(["constant", "poisson", "gamma"]),
+              default="poisson", show_default=True, help="Gaps of the open loop.")
+@click.option("--cv", type=click.FloatRange(0, 20, min_open=True), default=1.0,
+              help="Coefficient of variation of gamma gaps; above 1 is bursty.")
+@click.option("--timestamps", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Open loop at given instants: seconds from the start, one a line.")
+@click.option("--duration", type=_Duration(), metavar="60s", help="Time that is measured.")
+@click.option("--num-prompts", type=click.IntRange(1), metavar="N", help="Stop after N requests.")
+@click.option("--warmup", type=_Duration(), metavar="5s", help="Load before the measurement. "
+              "Default: a fifth of the duration, at most 10 s; none with --num-prompts.")
+@click.option("--max-inflight", type=click.IntRange(1), default=4096, show_default=True,
+              help="Open loop: what would exceed it is DROPPED, never queued.")
+@_target_options
+@click.pass_obj
+def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
+    """One load, measured.
+
+    \b
+    loadgen run mixed --rate 4 --duration 60s
+    loadgen run chat --concurrency 16 --duration 30s --base-url http://127.0.0.1:8000
+    loadgen run code --rate 2 --arrivals gamma --cv 2 --num-prompts 100
+    """
+    chosen = scenario.load(name)
+    load = _load(chosen, options)
+    duration_s: Seconds | None = options["duration"] or chosen.duration_s
+    if isinstance(load, Trace) and duration_s is None:
+        duration_s = Seconds(max(load.due_s, default=0.0) + 1.0)
+    if duration_s is None and options["num_prompts"] is None:
+        raise click.UsageError("give --duration or --num-prompts")
+    whole = options["num_prompts"] is not None or isinstance(load, Trace)
+    warmup_s = options["warmup"] or (0.0 if whole else min(10.0, 0.2 * (duration_s or 0.0)))
+    value = (load.concurrency if isinstance(load, Closed)
+             else load.rate_rps if isinstance(load, Open)
+             else len(load.due_s) / max(duration_s or 1.0, 1e-9))
+
+    def measure(session: Any, view: Any) -> Any:
+        from loadgen import runner  # noqa: PLC0415
+
+        return runner.run_leg(session, Leg(
+            id="run", axis="concurrency" if isinstance(load, Closed) else "rate",
+            value=round(float(value), 6), phase="ladder", replicate=0, seed=session.seed,
+            load=load, warmup_s=float(warmup_s),
+            measure_s=None if duration_s is None else float(duration_s),
+            num_sessions=options["num_prompts"]), view)
+
+    _measure(name, server_options, options, measure, None)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
+              help="Judge by these limits instead.")
+@click.option("--html/--no-html", default=True, show_default=True, help="Write report.html.")
+def report(folder: Path, slos: tuple[str, ...], html: bool) -> None:
+    """Remake tables, verdict and report of a run from its journals; as a gate in CI, too.
+
+    \b
+    loadgen report runs/20261121-011500-mixed
+    loadgen report runs/20261121-011500-mixed --slo ttft=1s
+    """
+    raise SystemExit(_conclude(folder, _slo(slos), html))
+
+
+@main.command()
+@click.argument("kind", type=click.Choice(["sim"]))
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.pass_obj
+def serve(server_options: tuple[str, ...], /, kind: str, port: int) -> None:
+    """Run a server in the foreground, without loading it.
+
+    \b
+    loadgen serve sim --port 8000 -- --gpu 4090d --model qwen2.5-7b
+    """
+    import os  # noqa: PLC0415
+
+    command = [sys.executable, "-m", f"servers.{kind}", "--port", str(port), *server_options]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+@main.command()
+@click.option("--base-url", metavar="URL", help="Also look at this server.")
+def doctor(base_url: str | None) -> None:
+    """Is this host fit to generate load? Names what would spoil a measurement, and the remedy.
+
+    \b
+    loadgen doctor
+    loadgen doctor --base-url http://127.0.0.1:8000
+    """
+    from loadgen import doctor as checks  # noqa: PLC0415
+
+    raise SystemExit(checks.show(Console(), base_of(base_url) if base_url else None))
+
+
+@main.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+def compare(base: Path, new: Path) -> None:
+    """Is run NEW better or worse than BASE, beyond noise? Refuses runs that are not alike.
+
+    \b
+    loadgen compare runs/before runs/after
+    """
+    from analysis import compare as comparing  # noqa: PLC0415
+
+    raise SystemExit(comparing.show(Console(), base, new))
+
+
+@main.command()
+@click.argument("name", required=False)
+def scenarios(name: str | None) -> None:
+    """List the shipped scenarios, or print one as a start for your own.
+
+    \b
+    loadgen scenarios
+    loadgen scenarios mixed > my.toml
+    """
+    if name is not None:
+        click.echo(scenario.find(name).read_text(encoding="utf-8"), nl=False)
+        return
+    for path in sorted(scenario.SHIPPED.glob("*.toml")):
+        click.echo(f"{path.stem:10} {scenario.load(str(path)).description}")
+
+
+# -------------------------------------------------------------------------------------- inside
+
+
+def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], do: Any,
+             budget_s: float | None) -> None:
+    """Everything that sweep and run have in common, to the exit code."""
+    from loadgen.runner import Session  # noqa: PLC0415
+    from loadgen.view import View  # noqa: PLC0415
+
+    chosen = scenario.load(name)
+    if slo := _slo(options["slos"]):
+        chosen = chosen.with_slo(slo)
+    console = Console()
+    out: Path = options["out"] or Path("runs") / _run_name(chosen)
+    seed = options["seed"] if options["seed"] is not None else secrets.randbelow(2**31)
+    session = Session(
+        scenario=chosen, server=_server(options, server_options, out), out=out,
+        criteria=Criteria(target=options["target"]), seed=seed, model=options["model"],
+        headers=_headers(options), processes=options["processes"])
+    result = do(session, View(console, budget_s))
+    code = _conclude(out, None, options["report"], result)
+    raise SystemExit(code)
+
+
+def _run_name(chosen: Scenario) -> str:
+    return f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{chosen.name}"
+
+
+def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> int:
+    """Writes summary and report, says the verdict, gives the exit code."""
+    from analysis import summary, words  # noqa: PLC0415
+
+    finished = summary.finish(folder, slo, report=html)
+    console = Console()
+    console.print()
+    for paragraph in words.verdict(finished):
+        console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
+    if result is not None and result.says:
+        console.print(f"Stopped: {result.says}", style="dim", highlight=False)
+    if html:
+        console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    return _exit_code(finished, result)
+
+
+def _exit_code(finished: Any, result: Any) -> int:
+    """130 > 2 > 3 > 4 > 1 > 5 > 0. A sweep that found its safe level passes even if a higher one
+    killed the server."""
+    stop = result.stop if result is not None else None
+    endings = [window.ending for _, window in finished.legs]
+    if stop == "interrupted" or (stop is None and endings[-1:] == ["interrupted"]):
+        return INTERRUPTED
+    last = finished.judgements[-1] if finished.judgements else None
+    if len(finished.legs) == 1 and last is not None and finished.is_run:
+        if last.measurement == "INVALID":
+            return INVALID
+        return DIED if last.died else {"SAFE": PASS, "UNSAFE": SLO_MISSED}.get(
+            last.load, INCONCLUSIVE)
+    answer = finished.conclusion
+    if stop == "failed" or endings[-1:] == ["failed"]:
+        return INVALID
+    if answer.safe is not None:
+        return PASS
+    if stop == "GENERATOR_LIMIT" or (last is not None and last.measurement == "INVALID"):
+        return INVALID
+    if stop == "SERVER_DIED" or (last is not None and last.died):
+        return DIED
+    return SLO_MISSED if answer.load == "UNSAFE" else INCONCLUSIVE
+
+
+def _server(options: dict[str, Any], server_options: Sequence[str], out: Path) -> Any:
+    if options["base_url"]:
+        from servers.remote import RemoteServer  # noqa: PLC0415
+
+        if server_options or options["server"]:
+            raise click.UsageError("--base-url names a server that runs already: neither "
+                                   "--server nor options after `--` can apply to it")
+        return RemoteServer(Target(base_of(options["base_url"]), options["model"] or ""))
+    from servers.sim.launch import SimServer  # noqa: PLC0415
+
+    return SimServer(server_options, out / "server.log")
+
+
+def _headers(options: dict[str, Any]) -> dict[str, str]:
+    headers = {}
+    for pair in options["headers"]:
+        key, eq, value = pair.partition("=")
+        if not eq or not key.strip():
+            raise click.UsageError("--header: write K=V, as --header X-Team=search")
+        headers[key.strip()] = value
+    if options["api_key"]:
+        headers["Authorization"] = f"Bearer {options['api_key']}"
+    return headers
+
+
+def _slo(texts: Sequence[str]) -> Slo | None:
+    return scenario.parse_slo(" ".join(texts)) if texts else None
+
+
+def _levels(text: str | None, most: float, axis: str) -> tuple[float, ...]:
+    """Powers of two up to `most`, and `most`; a rate's ladder has seven steps up to `most`."""
+    if text is None:
+        if axis == "rate":
+            return tuple(most / 2**k for k in range(6, -1, -1))
+        return (*(float(2**k) for k in range(int(most).bit_length()) if 2**k < most), most)
+    try:
+        levels = tuple(sorted({float(x) for x in text.split(",")}))
+    except ValueError:
+        raise click.UsageError(f"--levels {text!r}: write numbers, as 1,2,4") from None
+    whole = axis == "rate" or all(x == int(x) for x in levels)
+    if not levels or levels[0] <= 0 or levels[-1] > most or not whole:
+        raise click.UsageError(f"--levels {text!r}: levels go from more than 0 to {most:g}"
+                               + ("" if axis == "rate" else ", in whole numbers"))
+    return levels
+
+
+def _load(chosen: Scenario, options: dict[str, Any]) -> Load:
+    """The load that the options ask for, else the scenario's own."""
+    given = [k for k in ("concurrency", "rate", "timestamps") if options[k] is not None]
+    if len(given) > 1:
+        raise click.UsageError("give one of --concurrency, --rate and --timestamps")
+    if options["concurrency"]:
+        return Closed(concurrency=options["concurrency"])
+    if options["rate"]:
+        return Open(rate_rps=PerSecond(options["rate"]), arrivals=options["arrivals"],
+                    cv=options["cv"], max_inflight=options["max_inflight"])
+    if options["timestamps"]:
+        return _trace(options["timestamps"], options["max_inflight"])
+    if chosen.load is None:
+        raise click.UsageError(f"scenario {chosen.name} has no load of its own: give "
+                               "--concurrency N, --rate R or --timestamps FILE")
+    return chosen.load
+
+
+def _trace(path: Path, max_inflight: int) -> Trace:
+    due = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ScenarioError(f"{path}: cannot be read: {e}") from e
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        try:
+            due.append(float(text))
+        except ValueError:
+            raise ScenarioError(f"{path}:{number}: {text[:40]!r} is no number of seconds") from None
+        if not 0 <= due[-1] < 1e9 or due[-1] < due[max(len(due) - 2, 0)]:
+            raise ScenarioError(f"{path}:{number}: instants must be ascending, from 0 on")
+    if not due:
+        raise ScenarioError(f"{path}: holds no instants")
+    return Trace(due_s=tuple(due), max_inflight=max_inflight)
+
+
+def entry() -> None:
+    """What the `loadgen` script runs: errors for the operator in one line, no traceback."""
+    try:
+        main(standalone_mode=False)
+    except click.exceptions.Exit as e:
+        raise SystemExit(e.exit_code) from None
+    except click.ClickException as e:
+        e.show()
+        raise SystemExit(USAGE) from None
+    except LoadgenError as e:
+        click.echo(f"loadgen: {e}", err=True)
+        raise SystemExit(_EXIT.get(type(e), USAGE)) from None
+    except (KeyboardInterrupt, click.Abort):
+        raise SystemExit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    entry()

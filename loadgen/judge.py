@@ -1,0 +1,157 @@
+"""Pure: the records of one leg → measurement verdict and load verdict, with bounds and reasons.
+Used by the running sweep and by the analysis alike, so that both say the same."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from loadgen import metrics, validity
+from loadgen.leg import Leg, Window
+from loadgen.record import Outcome, RequestRecord
+from loadgen.scenario import Scenario
+from loadgen.validity import Finding, Measurement
+
+LoadVerdict = Literal["SAFE", "UNSAFE", "UNRESOLVED"]
+
+PREEMPTED_FRAC = 0.01  # more preempted than this: KV cache thrash, a latency cliff to come
+KV_FULL = 0.95  # KV cache use beyond this …
+KV_FULL_FRAC = 0.05  # … in more than this share of samples
+NOT_ERRORS = frozenset({Outcome.OK, Outcome.ABANDONED, Outcome.THROTTLED, Outcome.CANCELLED,
+                        Outcome.DROPPED})  # the server's error share leaves out our own doings
+
+
+class ServerSigns(Struct, frozen=True):
+    """What the server said of itself during a window; None: it does not say."""
+
+    preemptions: float | None = None  # in the window
+    kv_full_frac: float | None = None  # share of samples with KV use > KV_FULL
+    kv_max: float | None = None
+    prefix_hit_frac: float | None = None
+    running_mean: float | None = None
+    waiting_mean: float | None = None
+    late_step_frac: float | None = None  # the simulator's own lag
+    died: str | None = None
+
+
+class Criteria(Struct, frozen=True):
+    """What "safe" asks for: attainment ≥ target at one-sided confidence."""
+
+    target: float = 0.95
+    confidence: float = 0.95
+
+
+class Judgement(Struct, frozen=True):
+    """The verdicts on one leg, and the few numbers that decide a sweep's next step."""
+
+    leg: str
+    value: float
+    phase: str
+    n: int  # requests in the sample: due in the window, not void
+    good: int
+    void: int
+    lower: float  # one-sided bounds of attainment
+    upper: float
+    measurement: Measurement
+    load: LoadVerdict
+    reasons: list[str]
+    findings: list[Finding]
+    misses: dict[str, int]  # by outcome or broken limit; a request may break several
+    outcomes: dict[str, int]
+    errors: int
+    error_lower: float  # lower bound of the server's error share
+    classes: dict[str, tuple[int, int]]  # good, n
+    refuted_classes: list[str]
+    cut: bool
+    died: bool
+    window_s: float
+    achieved_rps: float
+    goodput_rps: float
+    ttft_p50_s: float | None
+    tpot_p50_s: float | None
+    e2e_p50_s: float | None
+
+    @property
+    def attainment(self) -> float | None:
+        return self.good / self.n if self.n else None
+
+
+def sample_of(window: Window, records: Sequence[RequestRecord]) -> list[RequestRecord]:
+    """The records of a leg that are judged: due in the window and not void."""
+    return [r for r in records if window.from_ns <= r.due_ns < window.to_ns
+            and not window.is_void(r.due_ns, r.end_ns)]
+
+
+def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: ServerSigns,
+          scenario: Scenario, criteria: Criteria) -> Judgement:
+    """`records`: all of the leg's."""
+    sample = sample_of(window, records)
+    due = sum(window.from_ns <= r.due_ns < window.to_ns for r in records)
+    slos = {c.name: scenario.slo_of(c.name) for c in scenario.classes}
+    why = [metrics.misses(r, slos[r.cls]) for r in sample]
+    n, good = len(sample), sum(not w for w in why)
+    classes = {c: (sum(not w for r, w in zip(sample, why, strict=True) if r.cls == c),
+                   sum(r.cls == c for r in sample)) for c in slos}
+    lower = metrics.lower_bound(good, n, criteria.confidence)
+    upper = metrics.upper_bound(good, n, criteria.confidence)
+    errors = sum(r.outcome not in NOT_ERRORS for r in sample)
+    findings = validity.check(leg, window, sample, signs.late_step_frac)
+    distress = _distress(signs, n)
+    refuted = [c for c, (g, m) in classes.items()
+               if m and metrics.upper_bound(g, m, criteria.confidence) < criteria.target]
+    load: LoadVerdict = "UNRESOLVED"
+    if distress or upper < criteria.target:
+        load = "UNSAFE"
+    elif lower >= criteria.target and not refuted:
+        load = "SAFE"
+    window_s = max(window.to_ns - window.from_ns, 1) / 1e9
+    ended = [r for r in records if window.from_ns <= r.end_ns < window.to_ns
+             and r.outcome is Outcome.OK]
+    return Judgement(
+        leg=leg.id, value=leg.value, phase=leg.phase, n=n, good=good, void=due - n, lower=lower,
+        upper=upper, measurement=validity.verdict(findings), load=load,
+        reasons=distress + _reasons(load, good, n, criteria, refuted), findings=findings,
+        misses=dict(Counter(x for w in why for x in w)),
+        outcomes=dict(Counter(r.outcome.value for r in sample)), errors=errors,
+        error_lower=metrics.lower_bound(errors, n, criteria.confidence), classes=classes,
+        refuted_classes=refuted, cut=window.ending == "cut", died=signs.died is not None,
+        window_s=window_s, achieved_rps=len(ended) / window_s,
+        goodput_rps=sum(not metrics.misses(r, slos[r.cls]) for r in ended) / window_s,
+        ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
+        e2e_p50_s=_median(sample, metrics.e2e_s))
+
+
+def _median(sample: Sequence[RequestRecord],
+            of: Callable[[RequestRecord], float | None]) -> float | None:
+    found = metrics.quantile((x for r in sample if (x := of(r)) is not None), 0.5)
+    return found.value if found else None
+
+
+def _distress(signs: ServerSigns, n: int) -> list[str]:
+    """Hard conditions of the server: any of them makes a level unsafe, whatever the latencies."""
+    found = []
+    if signs.died is not None:
+        found.append(f"the server died: {signs.died}")
+    if signs.preemptions and signs.preemptions > PREEMPTED_FRAC * max(n, 1):
+        found.append(f"{signs.preemptions:.0f} preemptions for {n} requests: the KV cache is "
+                     "too small for this load")
+    if signs.kv_full_frac is not None and signs.kv_full_frac > KV_FULL_FRAC:
+        found.append(f"KV cache over {KV_FULL:.0%} full in {signs.kv_full_frac:.0%} of samples")
+    return found
+
+
+def _reasons(load: LoadVerdict, good: int, n: int, criteria: Criteria,
+             refuted: list[str]) -> list[str]:
+    share = f"{good} of {n} requests met the SLO"
+    if n == 0:
+        return ["no request was due in the window"]
+    if load == "UNSAFE" and metrics.upper_bound(good, n, criteria.confidence) < criteria.target:
+        return [f"{share}: surely less than {criteria.target:.0%}"]
+    if load == "UNRESOLVED" and refuted:
+        return [f"{share}, but class {', '.join(refuted)} surely less than {criteria.target:.0%}"]
+    if load == "UNRESOLVED":
+        more = metrics.needed_n(criteria.target, (n - good) / n, criteria.confidence)
+        hint = f"; {more - n} more at this share would" if more and more > n else ""
+        return [f"{share}: too few to show {criteria.target:.0%}{hint}"]
+    return [share]

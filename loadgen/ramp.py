@@ -1,0 +1,271 @@
+"""The search for the largest safe load, as a pure reducer: what happened → what to do next.
+
+1. Ladder: levels upwards, each held as long as its answers take. Going up stops at a death, at
+   errors (lower bound of their share > 5 %), or at a level that is UNSAFE and brought < 5 % more
+   throughput than the one before. A level that is surely lost is left early.
+2. Confirm: the largest level that nothing contradicts is run again, with fresh prompts and seed,
+   for as many requests as a proof takes. Only these requests prove; the ladder only chooses.
+   Lost: the next lower level is confirmed, while the budget lasts.
+An INVALID leg is repeated once, then the search stops: the generator was the limit.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from loadgen import metrics
+from loadgen.judge import Criteria, Judgement, LoadVerdict
+from loadgen.leg import Axis, Leg, Phase
+from loadgen.scenario import Closed, Load, Open, PerSecond
+
+StopReason = Literal["CONFIRMED", "NO_SAFE_LEVEL", "BUDGET", "GENERATOR_LIMIT", "SERVER_DIED"]
+
+ERROR_STOP = 0.05
+GAIN_STOP = 0.05
+MAX_RESTARTS = 2
+PROOF_N = 300  # requests that prove 0.95 at 95 % with up to 8 misses (2.7 %)
+MIN_LEG_S = 7.0
+LEG_OF_E2E = 2.0  # a level is measured for this many answers: less would only see its start
+
+
+class SweepPlan(Struct, frozen=True):
+    """What the search may do. `levels` ascend; `arrivals` is for the rate axis."""
+
+    axis: Axis
+    levels: tuple[float, ...]
+    budget_s: float
+    seed: int
+    criteria: Criteria
+    can_restart: bool
+    arrivals: Literal["constant", "poisson", "gamma"] = "poisson"
+
+
+class State(Struct, frozen=True):
+    """All that the search remembers."""
+
+    plan: SweepPlan
+    history: tuple[Judgement, ...] = ()
+    restarts: int = 0
+    legs: int = 0
+
+
+class RunLeg(Struct, frozen=True):
+    leg: Leg
+
+
+class Restart(Struct, frozen=True):
+    why: str
+
+
+class Stop(Struct, frozen=True):
+    reason: StopReason
+    says: str
+
+
+class Begin(Struct, frozen=True):
+    """The server is ready: at the start, and after a restart."""
+
+
+Event = Begin | Judgement
+Action = RunLeg | Restart | Stop
+
+
+def step(state: State, event: Event, spent_s: float) -> tuple[State, Action]:
+    """The new state and what to do. `spent_s`: time since the sweep began. An Event of a leg
+    during which the server died carries `died`."""
+    if isinstance(event, Judgement):
+        state = msgspec.structs.replace(state, history=(*state.history, event))
+        if event.died:
+            if not state.plan.can_restart or state.restarts == MAX_RESTARTS:
+                return state, Stop("SERVER_DIED", f"{event.leg}: {event.reasons[0]}")
+            state = msgspec.structs.replace(state, restarts=state.restarts + 1)
+            return state, Restart(event.reasons[0])
+    action = _decide(state, spent_s)
+    if isinstance(action, RunLeg):
+        state = msgspec.structs.replace(state, legs=state.legs + 1)
+    return state, action
+
+
+def _decide(state: State, spent_s: float) -> Action:
+    plan, history = state.plan, state.history
+    if history and history[-1].measurement == "INVALID" and not history[-1].died:
+        return _again(state)
+    tested = [j for j in history if j.measurement != "INVALID" or j.died]
+    above = [x for x in plan.levels if not tested or x > max(j.value for j in tested)]
+    if above and not any(j.phase == "confirm" for j in tested) and _goes_up(plan, tested, spent_s):
+        measure_s = max(MIN_LEG_S, LEG_OF_E2E * _answer_s(plan, tested, above[0]))
+        return RunLeg(_leg(state, above[0], "ladder", measure_s, tested))
+    level = candidate(tested, plan.levels, plan.criteria)
+    if level is None:
+        return Stop("NO_SAFE_LEVEL", f"even {plan.levels[0]:g} is not safe")
+    proven = pooled(tested, level, plan.criteria)
+    if proven is not None and proven.load == "SAFE":
+        return Stop("CONFIRMED", f"{level:g} is confirmed")
+    proof_s = _proof_s(tested, level, plan.budget_s - spent_s)
+    if proof_s is None:
+        return Stop("BUDGET", f"the budget of {plan.budget_s:.0f} s is spent before {level:g} "
+                    "could be confirmed; give more with --budget")
+    return RunLeg(_leg(state, level, "confirm", proof_s, tested))
+
+
+def _again(state: State) -> Action:
+    """An INVALID leg is repeated once."""
+    last = state.history[-1]
+    tries = sum(j.value == last.value and j.phase == last.phase and j.measurement == "INVALID"
+                for j in state.history)
+    if tries > 1:
+        return Stop("GENERATOR_LIMIT", f"{last.value:g} could not be measured: "
+                    f"{last.findings[0].says}; {last.findings[0].remedy}")
+    valid = [j for j in state.history if j.measurement != "INVALID"]
+    phase: Phase = "confirm" if last.phase == "confirm" else "ladder"
+    return RunLeg(_leg(state, last.value, phase, last.window_s, valid))
+
+
+def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], spent_s: float) -> bool:
+    if not tested:
+        return True
+    last = tested[-1]
+    if last.died or last.error_lower > ERROR_STOP:
+        return False
+    if last.load == "UNSAFE":
+        before = tested[-2].achieved_rps if len(tested) > 1 else 0.0
+        if last.achieved_rps < (1 + GAIN_STOP) * before:
+            return False
+        # the knee may wait: what is left must pay for a confirmation below. A lost level takes
+        # its warm-up and a little more
+        above = next(x for x in plan.levels if x > last.value)
+        cost_s = _answer_s(plan, tested, above) + MIN_LEG_S
+        proof_s = min(PROOF_N / max(before, 0.1), plan.budget_s / 3)
+        return plan.budget_s - spent_s > cost_s + proof_s
+    return True
+
+
+def _answer_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> float:
+    """What an answer will take at `value`, s. Closed loop: Little's law with the throughput that
+    the last two levels let expect; open loop: what it took before."""
+    if not tested:
+        return 1.0
+    last = tested[-1]
+    known_s = next((j.e2e_p50_s for j in reversed(tested) if j.e2e_p50_s), 1.0)
+    if plan.axis == "rate" or last.achieved_rps <= 0:
+        return known_s
+    before = next((j for j in reversed(tested) if j.value < last.value), None)
+    gain = last.achieved_rps / before.achieved_rps if before and before.achieved_rps else 2.0
+    gain = 1 + min(max(0.8 * (gain - 1), 0.0), value / last.value - 1)
+    return max(known_s, value / (last.achieved_rps * gain))
+
+
+def _proof_s(tested: Sequence[Judgement], level: float, left_s: float) -> float | None:
+    """How long to confirm `level`, s; None if the rest of the budget cannot hold it."""
+    here = [j for j in tested if j.value == level]
+    e2e_s = max((j.e2e_p50_s or 1.0 for j in here), default=1.0)
+    wanted_s = PROOF_N / max(0.01, *(j.achieved_rps for j in here))
+    room_s = left_s - 3 * e2e_s  # warm-up, and the last answers
+    return min(wanted_s, room_s) if room_s >= min(wanted_s, 15.0) else None
+
+
+def _leg(state: State, value: float, phase: Phase, measure_s: float,
+         tested: Sequence[Judgement]) -> Leg:
+    """Warm-up: as long as an answer will take, so that the slots' first answers are over."""
+    plan = state.plan
+    replicate = sum(j.value == value and j.phase == phase for j in state.history)
+    here = [j.e2e_p50_s for j in tested if j.value == value and j.e2e_p50_s]
+    warmup_s = min(max(1.0, here[-1] if here else _answer_s(plan, tested, value)), 30.0)
+    load: Load = (Closed(concurrency=int(value)) if plan.axis == "concurrency"
+                  else Open(rate_rps=PerSecond(value), arrivals=plan.arrivals))
+    return Leg(id=f"{phase}-{value:g}-r{replicate}", axis=plan.axis, value=value, phase=phase,
+               replicate=replicate, seed=plan.seed * 10_000 + state.legs, load=load,
+               warmup_s=round(warmup_s, 3), measure_s=round(measure_s, 3),
+               cut_below=plan.criteria.target)
+
+
+# ------------------------------------------------------------------------------------- conclusion
+
+
+class Pooled(Struct, frozen=True):
+    """What the confirmations of one level show together."""
+
+    value: float
+    good: int
+    n: int
+    lower: float
+    upper: float
+    load: LoadVerdict
+
+
+class Conclusion(Struct, frozen=True):
+    """The sweep's answer. `safe`: largest safe level; `unsafe`: smallest unsafe one;
+    `at_least`: nothing above was shown to be unsafe."""
+
+    axis: Axis
+    load: LoadVerdict
+    safe: float | None
+    unsafe: float | None
+    at_least: bool
+    proof: Pooled | None
+    suspect: bool
+    reasons: list[str]
+    target: float
+    confidence: float
+
+
+def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Pooled | None:
+    """Confirmations of `level` taken together; the ladder's requests chose it, so they do not
+    count. None: it was not confirmed yet."""
+    legs = [j for j in judged if j.value == level and j.phase == "confirm"
+            and j.measurement != "INVALID"]
+    if not legs:
+        return None
+    good, n = sum(j.good for j in legs), sum(j.n for j in legs)
+    lower = metrics.lower_bound(good, n, criteria.confidence)
+    upper = metrics.upper_bound(good, n, criteria.confidence)
+    load: LoadVerdict = "UNRESOLVED"
+    if upper < criteria.target or any(j.load == "UNSAFE" for j in legs):
+        load = "UNSAFE"
+    elif lower >= criteria.target and not any(j.refuted_classes for j in legs):
+        load = "SAFE"
+    return Pooled(level, good, n, lower, upper, load)
+
+
+def candidate(judged: Sequence[Judgement], levels: Sequence[float],
+              criteria: Criteria) -> float | None:
+    """The largest tested level that neither it nor a lower one contradicts and whose share of
+    good requests is at the target; if none is at it, the lowest that is not contradicted."""
+    open_levels = []
+    for level in sorted({j.value for j in judged}):
+        here = [j for j in judged if j.value == level]
+        if any(j.load == "UNSAFE" or j.died for j in here):
+            break
+        open_levels.append((level, here))
+    at_target = [level for level, here in open_levels
+                 if sum(j.good for j in here) >= criteria.target * sum(j.n for j in here)]
+    return max(at_target, default=open_levels[0][0] if open_levels else None)
+
+
+def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Conclusion:
+    """The answer that these legs give. The same from a running sweep and from a run folder."""
+    usable = [j for j in judged if j.measurement != "INVALID" or j.died]
+    unsafe = min((j.value for j in usable if j.load == "UNSAFE"), default=None)
+    proofs = [p for level in {j.value for j in usable} if (unsafe is None or level < unsafe)
+              and (p := pooled(usable, level, criteria)) is not None]
+    best = max((p for p in proofs if p.load == "SAFE"), key=lambda p: p.value, default=None)
+    lowest = min((j.value for j in usable), default=None)
+    load: LoadVerdict = "UNRESOLVED"
+    if best is not None:
+        load = "SAFE"
+    elif unsafe is not None and unsafe == lowest:
+        load = "UNSAFE"
+    shown = best or max(proofs, key=lambda p: p.value, default=None)
+    return Conclusion(
+        axis=axis, load=load, safe=best.value if best else None, unsafe=unsafe,
+        at_least=best is not None and unsafe is None, proof=shown,
+        suspect=any(j.measurement == "SUSPECT" for j in usable
+                    if best is not None and j.value == best.value and j.phase == "confirm"),
+        reasons=_why(usable, unsafe), target=criteria.target, confidence=criteria.confidence)
+
+
+def _why(usable: Sequence[Judgement], unsafe: float | None) -> list[str]:
+    first = [j for j in usable if j.value == unsafe and j.load == "UNSAFE"]
+    return [f"at {j.value:g}: {reason}" for j in first[:1] for reason in j.reasons]

@@ -1,0 +1,196 @@
+"""One session with a server: start it, see that it answers, calibrate, run legs, keep everything,
+stop it. The composition of all parts below the command line."""
+
+import asyncio
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from loadgen import calibrate, scenario
+from loadgen.judge import Criteria, ServerSigns
+from loadgen.leg import Leg, Window
+from loadgen.prompts import Ratio
+from loadgen.ramp import SweepPlan
+from loadgen.record import Outcome, RequestRecord
+from loadgen.scenario import Scenario
+from loadgen.store import SCHEMA, Manifest, Row, RunFolder
+from loadgen.supervise import Progress, Shards
+from loadgen.sweep import SweepResult, run_one, sweep
+from loadgen.target import Target, without_secrets
+from loadgen.telemetry import server as watch
+from loadgen.telemetry.signs import series, signs_of
+from loadgen.view import View
+from servers.base import Server
+
+PATIENCE_S = 60.0  # for a server that is up already, or the simulator
+TROUBLE = frozenset({Outcome.SERVER_ERROR_EVENT, Outcome.DISCONNECTED, Outcome.CONNECT_FAILED,
+                     Outcome.HTTP_ERROR, Outcome.ABORTED})
+_VERSIONS = ("loadgen", "aiohttp", "numpy", "msgspec", "locust", "vllm")
+
+
+class Session(Struct, frozen=True):
+    """What a run needs to know. `base_url` and `headers` go over the server's own where given."""
+
+    scenario: Scenario
+    server: Server
+    out: Path
+    criteria: Criteria
+    seed: int
+    model: str | None
+    headers: dict[str, str]
+    processes: int
+    patience_s: float = PATIENCE_S
+
+
+def run_sweep(session: Session, plan: SweepPlan, view: View) -> SweepResult:
+    """Drives the search to its stop; everything is in the run folder when this returns."""
+    async def body(executor: "_Executor") -> SweepResult:
+        return await sweep(plan, session.scenario, executor, view.judged)
+    return asyncio.run(_session(session, view, body))
+
+
+def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
+    """One leg, and its verdicts."""
+    async def body(executor: "_Executor") -> SweepResult:
+        window, judgement = await run_one(leg, session.scenario, session.criteria, executor)
+        view.judged(leg, judgement)
+        return SweepResult([judgement], window.ending, window.note or "")
+    return asyncio.run(_session(session, view, body))
+
+
+async def _session(session: Session, view: View,
+                   body: "Callable[[_Executor], Awaitable[SweepResult]]") -> SweepResult:
+    interrupt = _Interrupt()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(asyncio.to_thread, session.server.stop)
+        target = await _ready(session, session.server.start())
+        ratios = await calibrate.ratios(target, session.scenario, session.seed)
+        folder = RunFolder.create(session.out, _manifest(session, target, ratios))
+        view.say(f"{session.scenario.name} → {target.model} at {target.base_url}; records in "
+                 f"{folder.path}")
+        shards = await stack.enter_async_context(Shards(
+            folder, folder.path.name, session.scenario, target, ratios, session.processes))
+        executor = _Executor(session, target, folder, shards, view)
+        watching = asyncio.create_task(executor.watch())
+        stack.callback(watching.cancel)
+        interrupt.reaches(shards.interrupt)
+        with view:
+            return await body(executor)
+
+
+class _Interrupt:
+    """Ctrl-C and SIGTERM: before the legs they end the session, then they are the shards' (once:
+    stop arrivals and drain; twice: now)."""
+
+    def __init__(self) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._act: Callable[[], object] = task.cancel
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(sig, self._pass_on)
+
+    def _pass_on(self) -> None:
+        self._act()
+
+    def reaches(self, act: Callable[[], object]) -> None:
+        self._act = act
+
+
+class _Executor:
+    """Runs legs on this host's shards; watches the server meanwhile."""
+
+    def __init__(self, session: Session, target: Target, folder: RunFolder, shards: Shards,
+                 view: View) -> None:
+        self._session, self._target, self._folder = session, target, folder
+        self._shards, self._view = shards, view
+        self._offsets: dict[Path, int] = {}
+        self._rows: list[Row] = []
+        self._troubles = 0
+        self._progress: Progress | None = None
+
+    async def watch(self) -> None:
+        """Until cancelled: telemetry."""
+        journal = self._folder.telemetry("server")
+        simulated = bool(self._session.server.facts().get("simulated"))
+        await watch.watch(self._target, journal, self._rows, simulated)
+
+    async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
+        del self._rows[:-200]  # the last samples before the window are needed for differences
+        self._troubles, self._progress = 0, None
+        window = await self._shards.run(leg, self._died, self._show)
+        records = [r for r in self._folder.records(self._offsets) if r.leg == leg.id]
+        return window, records, signs_of(window, series(self._rows, "server"))
+
+    async def restart(self, why: str) -> None:
+        self._view.say(f"restarting the server: {why}")
+        await asyncio.to_thread(self._session.server.stop)
+        await _ready(self._session, self._session.server.start())
+
+    def _show(self, progress: Progress) -> None:
+        self._progress = progress
+        self._view.progress(progress)
+
+    async def _died(self) -> str | None:
+        """Why the server is dead. Its health is asked only after requests failed: a check during
+        the load would be load."""
+        server = self._session.server
+        if (why := server.alive()) is not None:
+            return why
+        seen = self._progress.outcomes if self._progress else {}
+        troubles = sum(seen.get(outcome, 0) for outcome in TROUBLE)
+        if troubles == self._troubles:
+            return None
+        self._troubles = troubles
+        if (why := await watch.is_healthy(self._target)) is None:
+            return None
+        for _ in range(50):  # an engine's death takes the API server seconds to follow
+            if (exited := server.alive()) is not None:
+                return exited
+            await asyncio.sleep(0.1)
+        return why
+
+
+async def _ready(session: Session, target: Target) -> Target:
+    """The target with the session's own model and headers, once it has streamed an answer."""
+    headers = {**target.headers, **session.headers}
+    model = session.model or target.model or await calibrate.the_model(target.base_url, headers)
+    target = msgspec.structs.replace(target, headers=headers, model=model)
+    await calibrate.wait_ready(target, session.scenario, session.server.alive, session.patience_s)
+    return target
+
+
+def _manifest(session: Session, target: Target, ratios: dict[str, Ratio]) -> Manifest:
+    return Manifest(
+        schema=SCHEMA, run=session.out.name,
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=without_secrets(["loadgen", *sys.argv[1:]]),
+        scenario=scenario.to_plain(session.scenario), seed=session.seed,
+        target_frac=session.criteria.target, confidence=session.criteria.confidence,
+        base_url=target.base_url, model=target.model, server=session.server.facts(),
+        ratios=msgspec.to_builtins(ratios), versions=_versions(), host=_host(),
+        processes=session.processes)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _host() -> dict[str, object]:
+    return {"cores": os.cpu_count(), "machine": platform.machine(), "system": platform.platform(),
+            "load": os.getloadavg()[0], "clock_ns": time.get_clock_info("monotonic").resolution}

@@ -1,0 +1,48 @@
+"""Telemetry rows of a window → what the server said of itself there (`judge.ServerSigns`)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from loadgen.judge import KV_FULL, ServerSigns
+from loadgen.leg import Window
+from loadgen.store import Row
+
+
+def series(rows: Iterable[Row], source: str) -> dict[str, list[tuple[int, float]]]:
+    """Rows of one source by name, as (t_ns, value) in the order of time; rows that differ only
+    in labels are added up where they share an instant (several engines, several GPUs)."""
+    found: dict[str, dict[int, float]] = {}
+    for r in rows:
+        if r.source == source:
+            at = found.setdefault(r.name, {})
+            at[r.t_ns] = at.get(r.t_ns, 0.0) + r.value
+    return {name: sorted(at.items()) for name, at in found.items()}
+
+
+def signs_of(window: Window, server: Mapping[str, Sequence[tuple[int, float]]]) -> ServerSigns:
+    """`server`: `series(rows, "server")`. Counters are differenced over the window; gauges are
+    averaged over its samples."""
+    def gauge(name: str) -> list[float]:
+        return [v for t, v in server.get(name, ()) if window.from_ns <= t <= window.to_ns]
+
+    def grown(name: str) -> float | None:
+        """Increase from the last sample before the window to the first after it."""
+        points = server.get(name, ())
+        before = [v for t, v in points if t <= window.from_ns] or [v for _, v in points[:1]]
+        after = [v for t, v in points if t >= window.to_ns] or [v for _, v in points[-1:]]
+        return max(0.0, after[0] - before[-1]) if before and after else None
+
+    kv = gauge("kv_frac")
+    queries, hits = grown("prefix_queries"), grown("prefix_hits")
+    steps, late = grown("sim_steps"), grown("sim_late_steps")
+    return ServerSigns(
+        preemptions=grown("preemptions"),
+        kv_full_frac=sum(v > KV_FULL for v in kv) / len(kv) if kv else None,
+        kv_max=max(kv, default=None),
+        prefix_hit_frac=hits / queries if queries and hits is not None else None,
+        running_mean=_mean(gauge("running")), waiting_mean=_mean(gauge("waiting")),
+        late_step_frac=late / steps if steps and late is not None else None,
+        died=(window.note or "no reason found") if window.ending == "server_died" else None)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
