@@ -46,7 +46,7 @@ class LegRun:
         self.stopping = asyncio.Event()
         self.stopped_ns: int | None = None
         self.last_due_ns = t0_ns
-        self.done = self.sampled = self.good = 0
+        self.done = self.done_good = self.sampled = self.good = 0
         self._awaited = 0  # measured requests in flight
         self.outcomes: Counter[str] = Counter()
         self._from_ns = t0_ns + round(leg.warmup_s * 1e9)
@@ -185,9 +185,11 @@ class LegRun:
         self.work.journal.append(record)
         self.done += 1
         self.outcomes[record.outcome.value] += 1
+        good = not metrics.misses(record, self.work.slos[record.cls])
+        self.done_good += good
         if self._measures(record.due_ns):
             self.sampled += 1
-            self.good += not metrics.misses(record, self.work.slos[record.cls])
+            self.good += good
 
 
 class _Lookahead:

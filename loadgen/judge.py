@@ -79,15 +79,20 @@ class Judgement(Struct, frozen=True):
 
 def sample_of(window: Window, records: Sequence[RequestRecord]) -> list[RequestRecord]:
     """The records of a leg that are judged: due in the window and not void."""
-    return [r for r in records if window.from_ns <= r.due_ns < window.to_ns
-            and not window.is_void(r.due_ns, r.end_ns)]
+    return [r for r in records if is_due(window, r) and not window.is_void(r.due_ns, r.end_ns)]
+
+
+def is_due(window: Window, r: RequestRecord) -> bool:
+    """The request was due in the window. Of a leg that was cut because it was lost, the warm-up
+    counts as well: those requests met less load, which can only flatter it."""
+    return (window.t0_ns if window.ending == "cut" else window.from_ns) <= r.due_ns < window.to_ns
 
 
 def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: ServerSigns,
           scenario: Scenario, criteria: Criteria) -> Judgement:
     """`records`: all of the leg's."""
     sample = sample_of(window, records)
-    due = sum(window.from_ns <= r.due_ns < window.to_ns for r in records)
+    due = sum(is_due(window, r) for r in records)
     slos = {c.name: scenario.slo_of(c.name) for c in scenario.classes}
     why = [metrics.misses(r, slos[r.cls]) for r in sample]
     n, good = len(sample), sum(not w for w in why)
@@ -106,8 +111,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     elif lower >= criteria.target and not refuted:
         load = "SAFE"
     window_s = max(window.to_ns - window.from_ns, 1) / 1e9
-    ended = [r for r in records if window.from_ns <= r.end_ns < window.to_ns
-             and r.outcome is Outcome.OK]
+    shares = [(metrics.share_inside(r, window.from_ns, window.to_ns), r) for r in records]
     return Judgement(
         leg=leg.id, value=leg.value, phase=leg.phase, n=n, good=good, void=due - n, lower=lower,
         upper=upper, measurement=validity.verdict(findings), load=load,
@@ -116,8 +120,9 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         outcomes=dict(Counter(r.outcome.value for r in sample)), errors=errors,
         error_lower=metrics.lower_bound(errors, n, criteria.confidence), classes=classes,
         refuted_classes=refuted, cut=window.ending == "cut", died=signs.died is not None,
-        window_s=window_s, achieved_rps=len(ended) / window_s,
-        goodput_rps=sum(not metrics.misses(r, slos[r.cls]) for r in ended) / window_s,
+        window_s=window_s, achieved_rps=sum(share for share, _ in shares) / window_s,
+        goodput_rps=sum(share for share, r in shares
+                        if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
         e2e_p50_s=_median(sample, metrics.e2e_s))
 

@@ -69,6 +69,7 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     t_ns: int = 0
     inflight: int = 0
     done: int = 0
+    done_good: int = 0
     complete: bool = False  # the window is over and all that was due in it has ended
     sampled: int = 0  # ended requests that were due in the window …
     good: int = 0  # … and the good ones among them
@@ -144,7 +145,8 @@ class Shard:
     def _frame(self, kind: Literal["progress", "ended"], run: LegRun) -> Frame:
         lag = metrics.quantile(self._lags[-20_000:], 0.99) if kind == "ended" else None
         return Frame(kind=kind, leg=run.leg.id, t_ns=now_ns(), inflight=self.work.client.inflight,
-                     done=run.done, complete=run.complete, sampled=run.sampled, good=run.good,
+                     done=run.done, done_good=run.done_good, complete=run.complete,
+                     sampled=run.sampled, good=run.good,
                      outcomes=dict(run.outcomes), stalls=self._stalls,
                      lag_p99_s=max(0.0, lag.value) if lag else 0.0, cpu_s=time.process_time(),
                      last_due_ns=run.last_due_ns, stopped_ns=run.stopped_ns,

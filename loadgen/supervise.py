@@ -39,6 +39,7 @@ class Progress(Struct, frozen=True):
     elapsed_s: float
     inflight: int = 0
     done: int = 0
+    done_good: int = 0
     sampled: int = 0
     good: int = 0
     outcomes: dict[str, int] = {}
@@ -212,7 +213,8 @@ class Shards:
                 outcomes[name] = outcomes.get(name, 0) + count
         return Progress(
             leg, max(0.0, (now_ns() - t0_ns) / 1e9), inflight=sum(f.inflight for f in frames),
-            done=sum(f.done for f in frames), sampled=sum(f.sampled for f in frames),
+            done=sum(f.done for f in frames), done_good=sum(f.done_good for f in frames),
+            sampled=sum(f.sampled for f in frames),
             good=sum(f.good for f in frames), outcomes=outcomes,
             stopping=self._interrupts > 0)
 
@@ -236,9 +238,9 @@ class Shards:
 
 def _is_lost(leg: Leg, progress: Progress) -> bool:
     """Attainment is surely below what the leg asks for, and the level was held long enough to
-    show its throughput."""
-    if leg.cut_below is None or progress.sampled < CUT_MIN_N:
+    show its throughput. Requests of the warm-up count: they met less load."""
+    if leg.cut_below is None or progress.done < CUT_MIN_N:
         return False
     held_s = progress.elapsed_s - leg.warmup_s
-    upper = metrics.upper_bound(progress.good, progress.sampled, CUT_CONFIDENCE)
+    upper = metrics.upper_bound(progress.done_good, progress.done, CUT_CONFIDENCE)
     return held_s >= CUT_MIN_S and upper < leg.cut_below
