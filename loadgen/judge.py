@@ -36,10 +36,13 @@ class ServerSigns(Struct, frozen=True):
 
 
 class Criteria(Struct, frozen=True):
-    """What "safe" asks for: attainment ≥ target at one-sided confidence."""
+    """What "safe" asks for: attainment ≥ target at one-sided confidence. A ladder's legs are
+    many, short and clumped: one of them refutes only at `refute`, so that all of a ladder
+    together err no more often than one confirmation."""
 
     target: float = 0.95
     confidence: float = 0.95
+    refute: float = 0.995
 
 
 class Judgement(Struct, frozen=True):
@@ -71,6 +74,7 @@ class Judgement(Struct, frozen=True):
     ttft_p50_s: float | None
     tpot_p50_s: float | None
     e2e_p50_s: float | None
+    answer_s: float | None  # mean E2E of all complete answers, the warm-up's too: for pacing
 
     @property
     def attainment(self) -> float | None:
@@ -84,7 +88,7 @@ def sample_of(window: Window, records: Sequence[RequestRecord]) -> list[RequestR
 
 def is_due(window: Window, r: RequestRecord) -> bool:
     """The request was due in the window. Of a leg that was cut because it was lost, the warm-up
-    counts as well: those requests met less load, which can only flatter it."""
+    counts as well: on those requests, too, it was left."""
     return (window.t0_ns if window.ending == "cut" else window.from_ns) <= r.due_ns < window.to_ns
 
 
@@ -99,12 +103,13 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     classes = {c: (sum(not w for r, w in zip(sample, why, strict=True) if r.cls == c),
                    sum(r.cls == c for r in sample)) for c in slos}
     lower = metrics.lower_bound(good, n, criteria.confidence)
-    upper = metrics.upper_bound(good, n, criteria.confidence)
+    sure = criteria.confidence if leg.phase == "confirm" else criteria.refute
+    upper = metrics.upper_bound(good, n, sure)
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
     findings = validity.check(leg, window, sample, signs.late_step_frac)
     distress = _distress(signs, n)
     refuted = [c for c, (g, m) in classes.items()
-               if m and metrics.upper_bound(g, m, criteria.confidence) < criteria.target]
+               if m and metrics.upper_bound(g, m, sure) < criteria.target]
     load: LoadVerdict = "UNRESOLVED"
     if distress or upper < criteria.target:
         load = "UNSAFE"
@@ -115,7 +120,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     return Judgement(
         leg=leg.id, value=leg.value, phase=leg.phase, n=n, good=good, void=due - n, lower=lower,
         upper=upper, measurement=validity.verdict(findings), load=load,
-        reasons=distress + _reasons(load, good, n, criteria, refuted), findings=findings,
+        reasons=distress + _reasons(load, good, n, upper, criteria, refuted), findings=findings,
         misses=dict(Counter(x for w in why for x in w)),
         outcomes=dict(Counter(r.outcome.value for r in sample)), errors=errors,
         error_lower=metrics.lower_bound(errors, n, criteria.confidence), classes=classes,
@@ -124,7 +129,12 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         goodput_rps=sum(share for share, r in shares
                         if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
-        e2e_p50_s=_median(sample, metrics.e2e_s))
+        e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=_mean_answer_s(records))
+
+
+def _mean_answer_s(records: Sequence[RequestRecord]) -> float | None:
+    took = [x for r in records if (x := metrics.e2e_s(r)) is not None]
+    return sum(took) / len(took) if took else None
 
 
 def _median(sample: Sequence[RequestRecord],
@@ -146,12 +156,12 @@ def _distress(signs: ServerSigns, n: int) -> list[str]:
     return found
 
 
-def _reasons(load: LoadVerdict, good: int, n: int, criteria: Criteria,
+def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Criteria,
              refuted: list[str]) -> list[str]:
     share = f"{good} of {n} requests met the SLO"
     if n == 0:
         return ["no request was due in the window"]
-    if load == "UNSAFE" and metrics.upper_bound(good, n, criteria.confidence) < criteria.target:
+    if load == "UNSAFE" and upper < criteria.target:
         return [f"{share}: surely less than {criteria.target:.0%}"]
     if load == "UNRESOLVED" and refuted:
         return [f"{share}, but class {', '.join(refuted)} surely less than {criteria.target:.0%}"]

@@ -27,7 +27,10 @@ GAIN_STOP = 0.05
 MAX_RESTARTS = 2
 PROOF_N = 300  # requests that prove 0.95 at 95 % with up to 8 misses (2.7 %)
 MIN_LEG_S = 7.0
-LEG_OF_E2E = 2.0  # a level is measured for this many answers: less would only see its start
+KNEE_WARMUP = 0.45  # of an answer: a level past the first lost one is only for the knee
+GROWTH, FULL_GROWTH = 1.25, 1.8  # of an answer's time from one level to the next
+LEG_OF_BUDGET = 0.07  # … but no level may eat the confirmation's time
+LEG_OF_E2E = 1.5  # a level is measured for this many answers: less would only see its start
 
 
 class SweepPlan(Struct, frozen=True):
@@ -95,7 +98,8 @@ def _decide(state: State, spent_s: float) -> Action:
     tested = [j for j in history if j.measurement != "INVALID" or j.died]
     above = [x for x in plan.levels if not tested or x > max(j.value for j in tested)]
     if above and not any(j.phase == "confirm" for j in tested) and _goes_up(plan, tested, spent_s):
-        measure_s = max(MIN_LEG_S, LEG_OF_E2E * _answer_s(plan, tested, above[0]))
+        measure_s = max(MIN_LEG_S, min(LEG_OF_E2E * _answer_s(plan, tested, above[0]),
+                                       LEG_OF_BUDGET * plan.budget_s))
         return RunLeg(_leg(state, above[0], "ladder", measure_s, tested))
     level = candidate(tested, plan.levels, plan.criteria)
     if level is None:
@@ -143,36 +147,36 @@ def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], spent_s: float) -> bo
 
 
 def _answer_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> float:
-    """What an answer will take at `value`, s. Closed loop: Little's law with the throughput that
-    the last two levels let expect; open loop: what it took before."""
-    if not tested:
+    """What an answer will take at `value`, s; for pacing, so a guess will do. In a closed loop
+    twice the load makes it a little longer, and almost twice as long once the server is full."""
+    took = [j for j in tested if j.answer_s]
+    if not took or took[-1].answer_s is None:
         return 1.0
-    last = tested[-1]
-    known_s = next((j.e2e_p50_s for j in reversed(tested) if j.e2e_p50_s), 1.0)
-    if plan.axis == "rate" or last.achieved_rps <= 0:
-        return known_s
-    before = next((j for j in reversed(tested) if j.value < last.value), None)
-    gain = last.achieved_rps / before.achieved_rps if before and before.achieved_rps else 2.0
-    gain = 1 + min(max(0.8 * (gain - 1), 0.0), value / last.value - 1)
-    return max(known_s, value / (last.achieved_rps * gain))
+    if plan.axis == "rate" or value <= took[-1].value:
+        return took[-1].answer_s
+    return took[-1].answer_s * (FULL_GROWTH if took[-1].load == "UNSAFE" else GROWTH)
 
 
 def _proof_s(tested: Sequence[Judgement], level: float, left_s: float) -> float | None:
     """How long to confirm `level`, s; None if the rest of the budget cannot hold it."""
     here = [j for j in tested if j.value == level]
-    e2e_s = max((j.e2e_p50_s or 1.0 for j in here), default=1.0)
+    answer_s = max((j.answer_s or 1.0 for j in here), default=1.0)
     wanted_s = PROOF_N / max(0.01, *(j.achieved_rps for j in here))
-    room_s = left_s - 3 * e2e_s  # warm-up, and the last answers
+    room_s = left_s - 2.5 * answer_s  # warm-up, and the last answers
     return min(wanted_s, room_s) if room_s >= min(wanted_s, 15.0) else None
 
 
 def _leg(state: State, value: float, phase: Phase, measure_s: float,
          tested: Sequence[Judgement]) -> Leg:
-    """Warm-up: as long as an answer will take, so that the slots' first answers are over."""
+    """Warm-up: over it a closed loop's slots start one by one, for as long as an answer takes;
+    in a shorter one their prompts crowd each other, which the measured requests would feel."""
     plan = state.plan
     replicate = sum(j.value == value and j.phase == phase for j in state.history)
-    here = [j.e2e_p50_s for j in tested if j.value == value and j.e2e_p50_s]
-    warmup_s = min(max(1.0, here[-1] if here else _answer_s(plan, tested, value)), 30.0)
+    here = [j.answer_s for j in tested if j.value == value and j.answer_s]
+    answer_s = here[-1] if here else _answer_s(plan, tested, value)
+    lost = any(j.load == "UNSAFE" for j in tested)
+    share = KNEE_WARMUP if lost and phase == "ladder" else 1.0
+    warmup_s = max(1.0, min(share * answer_s, 1.2 * LEG_OF_BUDGET * plan.budget_s))
     load: Load = (Closed(concurrency=int(value)) if plan.axis == "concurrency"
                   else Open(rate_rps=PerSecond(value), arrivals=plan.arrivals))
     return Leg(id=f"{phase}-{value:g}-r{replicate}", axis=plan.axis, value=value, phase=phase,
@@ -232,7 +236,8 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
 def candidate(judged: Sequence[Judgement], levels: Sequence[float],
               criteria: Criteria) -> float | None:
     """The largest tested level that neither it nor a lower one contradicts and whose share of
-    good requests is at the target; if none is at it, the lowest that is not contradicted."""
+    good requests is at the target, or one miss under it, which with so few is luck; if none is,
+    the lowest that is not contradicted."""
     open_levels = []
     for level in sorted({j.value for j in judged}):
         here = [j for j in judged if j.value == level]
@@ -240,7 +245,7 @@ def candidate(judged: Sequence[Judgement], levels: Sequence[float],
             break
         open_levels.append((level, here))
     at_target = [level for level, here in open_levels
-                 if sum(j.good for j in here) >= criteria.target * sum(j.n for j in here)]
+                 if sum(j.good for j in here) + 1 >= criteria.target * sum(j.n for j in here)]
     return max(at_target, default=open_levels[0][0] if open_levels else None)
 
 

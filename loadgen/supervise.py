@@ -23,8 +23,10 @@ from loadgen.target import Target
 
 HEAD_START_S = 0.4  # shards open connections and build bodies before a leg's clock starts
 CUT_CONFIDENCE = 0.999  # "surely lost" is looked at twice a second: each look may err only rarely
+CUT_MARGIN = 0.15
 CUT_MIN_N = 20
-CUT_MIN_S = 5.0  # a level that is lost still shows its throughput, for the knee
+CUT_MIN_S = 5.0  # a level that is lost still shows its throughput, for the knee:
+CUT_OF_WARMUP = 1.6  # right after the start there is decoding only, all prompts are through
 
 _encode = msgspec.json.Encoder(enc_hook=scenario.enc_hook).encode
 _decode_frame = msgspec.json.Decoder(Frame).decode
@@ -196,7 +198,7 @@ class Shards:
             return "failed", why
         if (why := await died()) is not None:
             return "server_died", why
-        if _is_lost(leg, progress):
+        if is_lost(leg, progress.done, progress.done_good, progress.elapsed_s):
             return "cut", None
         ours = [s.frame for s in self._shards]
         return ("done" if all(f.leg == leg.id and f.complete for f in ours) else None), None
@@ -236,11 +238,12 @@ class Shards:
             lag_p99_s=max(f.lag_p99_s for f in frames), cpu_frac=max(cpu), note=note)
 
 
-def _is_lost(leg: Leg, progress: Progress) -> bool:
-    """Attainment is surely below what the leg asks for, and the level was held long enough to
-    show its throughput. Requests of the warm-up count: they met less load."""
-    if leg.cut_below is None or progress.done < CUT_MIN_N:
+def is_lost(leg: Leg, done: int, good: int, elapsed_s: float) -> bool:
+    """Of `done` ended requests so few were good that attainment is surely far below what the leg
+    asks for, and the level was held long enough to show its throughput. The warm-up's requests
+    count; because they crowd each other, and bad ones come in clumps, "far" is a wide margin."""
+    if leg.cut_below is None or done < CUT_MIN_N:
         return False
-    held_s = progress.elapsed_s - leg.warmup_s
-    upper = metrics.upper_bound(progress.done_good, progress.done, CUT_CONFIDENCE)
-    return held_s >= CUT_MIN_S and upper < leg.cut_below
+    held_s = elapsed_s - leg.warmup_s
+    lost = metrics.upper_bound(good, done, CUT_CONFIDENCE) < leg.cut_below - CUT_MARGIN
+    return lost and held_s >= max(CUT_MIN_S, CUT_OF_WARMUP * leg.warmup_s)

@@ -33,9 +33,11 @@ class SweepResult(Struct, frozen=True):
 
 
 async def sweep(plan: ramp.SweepPlan, scenario: Scenario, executor: Executor,
-                judged: Callable[[Leg, Judgement], None]) -> SweepResult:
-    """The search, to its stop. `judged` hears of each leg as it is judged."""
-    began = time.monotonic()
+                judged: Callable[[Leg, Judgement], None],
+                clock_s: Callable[[], float] = time.monotonic) -> SweepResult:
+    """The search, to its stop. `judged` hears of each leg as it is judged; `clock_s` says how
+    much of the budget is spent."""
+    began = clock_s()
     state, action = ramp.step(ramp.State(plan), ramp.Begin(), 0.0)
     while not isinstance(action, ramp.Stop):
         event: ramp.Event = ramp.Begin()
@@ -48,7 +50,7 @@ async def sweep(plan: ramp.SweepPlan, scenario: Scenario, executor: Executor,
                 return SweepResult([*state.history, judgement], window.ending,
                                    window.note or "interrupted")
             event = judgement
-        state, action = ramp.step(state, event, time.monotonic() - began)
+        state, action = ramp.step(state, event, clock_s() - began)
     return SweepResult(list(state.history), action.reason, action.says)
 
 
