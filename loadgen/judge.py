@@ -139,7 +139,8 @@ def _mean_answer_s(records: Sequence[RequestRecord]) -> float | None:
 
 def _median(sample: Sequence[RequestRecord],
             of: Callable[[RequestRecord], float | None]) -> float | None:
-    found = metrics.quantile((x for r in sample if (x := of(r)) is not None), 0.5)
+    cut_off = [age for r in sample if of(r) is None and (age := metrics.age_s(r)) is not None]
+    found = metrics.quantile((x for r in sample if (x := of(r)) is not None), 0.5, cut_off)
     return found.value if found else None
 
 

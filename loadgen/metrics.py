@@ -14,7 +14,8 @@ from msgspec import Struct
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Slo
 
-N = TypeVar("N", float, "np.ndarray[tuple[int], np.dtype[np.float64]]")
+Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
+N = TypeVar("N", float, Floats)
 
 TERMS = {
     "due": "open loop: the planned instant; closed loop: the instant the slot became free",
@@ -82,6 +83,11 @@ def share_inside(r: RequestRecord, from_ns: int, to_ns: int) -> float:
     return float(inside) / whole
 
 
+def age_s(r: RequestRecord) -> float | None:
+    """How long a request that we cancelled had been under way; None for any other."""
+    return seconds_between(r.due_ns, r.end_ns) if r.outcome is Outcome.CANCELLED else None
+
+
 def misses(r: RequestRecord, slo: Slo) -> list[str]:
     """Why a request is not good: its outcome, or the limits that it broke. Empty: it is good.
 
@@ -115,11 +121,20 @@ class Quantile(Struct, frozen=True):
     hi: float | None
 
 
-def quantile(values: Iterable[float], q: float) -> Quantile | None:
+def quantile(values: Iterable[float], q: float,
+             censored: Iterable[float] = ()) -> Quantile | None:
     """None for an empty sample. Source of the interval: ranks of the binomial distribution
-    (David & Nagaraja, Order Statistics, 7.1); it supposes independent values."""
+    (David & Nagaraja, Order Statistics, 7.1); it supposes independent values.
+
+    `censored`: values that are only known to be larger than these (answers that we cancelled,
+    at the age they had). Leaving them out would be an average of survivors; the quantile is then
+    Kaplan and Meier's (1958), without an interval, and None where it was not reached.
+    """
     x = np.sort(np.fromiter(values, float))
+    left = np.fromiter(censored, float)
     n = len(x)
+    if len(left):
+        return _km_quantile(x, left, q)
     if n == 0:
         return None
     value = float(x[min(n - 1, math.ceil(q * n) - 1)])
@@ -131,18 +146,28 @@ def quantile(values: Iterable[float], q: float) -> Quantile | None:
     return Quantile(q, n, value, float(x[max(lo, 0)]), float(x[min(hi, n - 1)]))
 
 
+def _km_quantile(x: Floats, left: Floats, q: float) -> Quantile | None:
+    """Smallest value at which the product-limit estimate of survival is at most 1 − q."""
+    at_risk = len(x) - np.arange(len(x)) + (left[:, None] >= x[None, :]).sum(axis=0)
+    survival = np.cumprod(1 - 1 / np.maximum(at_risk, 1))
+    reached = np.nonzero(survival <= 1 - q + 1e-12)[0]
+    if not len(reached):
+        return None
+    return Quantile(q, len(x) + len(left), float(x[reached[0]]), None, None)
+
+
 def min_n(q: float) -> int:
     """Smallest sample whose q-quantile has a finite two-sided 95 % interval: 6 for the median,
     36 for p90, 72 for p95, 368 for p99. Below it a tail percentile is not printed."""
     return math.ceil(math.log(0.025) / math.log(max(q, 1 - q)))
 
 
-def _binomial_pmf(n: int, p: float) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _binomial_pmf(n: int, p: float) -> Floats:
     """P(K = 0 … n), through logarithms so that it holds for n in the millions."""
     k = np.arange(n + 1)
     log_fact = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     log = log_fact[n] - log_fact - log_fact[::-1] + k * math.log(p) + (n - k) * math.log1p(-p)
-    pmf: np.ndarray[tuple[int], np.dtype[np.float64]] = np.exp(log)
+    pmf: Floats = np.exp(log)
     return pmf
 
 

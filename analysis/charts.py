@@ -1,0 +1,383 @@
+"""The charts, as Altair charts without a width: the page gives them its own, the PNGs a fixed one.
+Data are small tables of what is drawn, never the records."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from analysis import theme, words
+from analysis.frame import Run
+from analysis.knee import Knee
+from analysis.words import Answer
+from loadgen import metrics
+from loadgen.judge import NOT_ERRORS
+
+Rows = Sequence[Mapping[Any, Any]]
+Chart = alt.LayerChart | alt.FacetChart
+TIME = ("datum.value == 0 ? '0' : datum.value < 0.9995 ? format(datum.value * 1000, '~g') + ' ms'"
+        " : format(datum.value, '~g') + ' s'")
+FEW = metrics.min_n(0.9)  # below it a level has no p90, and its median is drawn hollow
+
+
+def _data(rows: Rows) -> alt.Data:
+    """Inline data; absent numbers become null."""
+    return alt.Data(values=[{k: None if isinstance(v, float) and math.isnan(v) else v
+                             for k, v in r.items()} for r in rows])  # type: ignore[no-untyped-call]
+
+
+def _ticks(values: Iterable[float]) -> list[float]:
+    """1-2-5 steps that enclose the values, for a log axis."""
+    lo, hi = min(values), max(values)
+    steps = [m * 10.0**e for e in range(-5, 6) for m in (1, 2, 5)]
+    first = max((i for i, x in enumerate(steps) if x <= lo * 1.0001), default=0)
+    last = min((i for i, x in enumerate(steps) if x >= hi * 0.9999), default=len(steps) - 1)
+    return steps[first:max(last, first + 1) + 1]
+
+
+def _said(base: alt.Chart, field: str, colour: str | alt.Color, **mark: Any) -> list[alt.Chart]:
+    """Text on a halo, so that lines do not strike it through."""
+    halo: dict[str, Any] = {"stroke": theme.PAPER, "strokeWidth": 3, "color": theme.PAPER}
+    plain: dict[str, Any] = {"color": colour} if isinstance(colour, str) else {}
+    said = base.mark_text(**mark, **plain).encode(text=f"{field}:N")
+    return [base.mark_text(**mark, **halo).encode(text=f"{field}:N"),
+            said if plain else said.encode(color=colour)]
+
+
+def _time_axis(values_s: Sequence[float], title: str) -> alt.Y:
+    """A y axis of durations, logarithmic if they span more than a factor 8."""
+    top = max(values_s, default=1.0)
+    low = min((x for x in values_s if x > 0), default=top)
+    axis = alt.Axis(labelExpr=TIME, tickCount=5)
+    scale = alt.Scale(domain=[0, top * 1.08])
+    if top > 8 * low:
+        ticks = _ticks([low, top])
+        axis = alt.Axis(labelExpr=TIME, values=ticks)
+        scale = alt.Scale(type="log", domain=[ticks[0], ticks[-1]])
+    return alt.Y("s:Q", scale=scale, axis=axis, title=title)
+
+
+def _load_axis(run: Run, values: Sequence[float], field: str = "value") -> alt.X:
+    axis = alt.Axis(values=list(values), format="~g", grid=False)
+    return alt.X(f"{field}:Q", title=words.unit(run), axis=axis,
+                 scale=alt.Scale(type="log", base=2,
+                                 domain=[min(values) / 1.12, max(values) * 1.3]))
+
+
+def _status(run: Run, value: float) -> str:
+    """The label of a level: its value, and what was concluded on it."""
+    if run.is_run:
+        return ""
+    c = run.conclusion
+    return "safe" if value == c.safe else "unsafe" if value == c.unsafe else ""
+
+
+STATUS = alt.Color("status:N", legend=None, scale=alt.Scale(
+    domain=["", "safe", "unsafe"], range=[theme.INK, theme.SAFE, theme.UNSAFE]))
+
+
+# ------------------------------------------------------------------- throughput against latency
+
+
+def qps_latency(run: Run, answer: Answer, name: str, title: str) -> Chart:
+    """Achieved requests/s (x) against a latency's p50 and p90 (y), joined in the order of load."""
+    rows = [{"value": r["value"], "rps": r["achieved_rps"], "q": q, "s": r[f"{name}_{q}_s"],
+             "n": r[f"{name}_n"], "few": r[f"{name}_n"] < FEW,
+             "status": _status(run, r["value"])}
+            for r in answer.levels.to_dict("records") for q in ("p50", "p90")
+            if pd.notna(r[f"{name}_{q}_s"])]
+    for r in rows:
+        r["label"] = f"{r['value']:g} {r['status']}".strip()
+    last = {q: max((r for r in rows if r["q"] == q), key=lambda r: r["value"], default=None)
+            for q in ("p50", "p90")}
+    limit = getattr(run.scenario.slo, f"{name}_s")
+    y = _time_axis([r["s"] for r in rows] + ([limit] if limit else []), "")
+    top = max((r["rps"] for r in rows), default=1.0)
+    x = alt.X("rps:Q", title="Achieved requests per second", axis=alt.Axis(tickCount=6),
+              scale=alt.Scale(domain=[0, top * 1.2], nice=False))
+    series = alt.Color("q:N", legend=None, scale=alt.Scale(
+        domain=["p50", "p90"], range=[theme.BLUE, theme.LIGHT_BLUE]))
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, tooltip=[
+        alt.Tooltip("value:Q", title=run.axis), alt.Tooltip("q:N", title="quantile"),
+        alt.Tooltip("rps:Q", title="achieved /s", format=".3g"),
+        alt.Tooltip("s:Q", title="latency, s", format=".3g"), alt.Tooltip("n:Q", title="n")])
+    ends = _said(alt.Chart(_data([r for r in last.values() if r])).encode(x=x, y=y), "q", series,
+                 align="left", dx=9, fontWeight=600)
+    chart: Chart = alt.layer(
+        *_limit(limit, y), base.mark_line(strokeWidth=2).encode(color=series, order="value:Q"),
+        base.transform_filter("datum.status != ''").mark_point(
+            size=260, filled=False, strokeWidth=2).encode(color=STATUS),
+        base.transform_filter("!datum.few").mark_point(
+            size=55, filled=True, opacity=1).encode(color=series),
+        base.transform_filter("datum.few").mark_point(
+            size=50, fill=theme.PAPER, strokeWidth=1.8, opacity=1).encode(stroke=series),
+        *_said(base.transform_filter("datum.q == 'p50'"), "label", STATUS, align="left", dx=6,
+               dy=14), *ends).resolve_scale(color="independent", stroke="independent").properties(
+            title=title, height=300)
+    return chart
+
+
+def _limit(limit_s: float | None, y: alt.Y) -> list[alt.Chart]:
+    """A dashed rule at an SLO's limit."""
+    if limit_s is None:
+        return []
+    at = alt.Chart(_data([{"s": limit_s, "text": f"limit {words.limit(limit_s)}"}]))
+    return [at.mark_rule(strokeDash=[4, 4], color=theme.MUTED).encode(y=y), *_said(
+        at.encode(y=y, x=alt.value(0)), "text", theme.MUTED, align="left", baseline="bottom", dx=4,
+        dy=-3)]
+
+
+# ------------------------------------------------------------------------- against the load
+
+
+def throughput(run: Run, answer: Answer) -> Chart:
+    """Achieved and good requests/s over the load, with the fitted law, knee and safe level."""
+    levels = answer.levels.to_dict("records")
+    values = [r["value"] for r in levels]
+    x = _load_axis(run, values)
+    top = max(r["achieved_rps"] for r in levels)
+    y = alt.Y("rps:Q", title="", axis=alt.Axis(tickCount=5),
+              scale=alt.Scale(domain=[0, max(top, 0.01) * 1.2], nice=False))
+    names = {"achieved": theme.BLUE, "good": theme.SAFE}
+    rows = [{"value": r["value"], "rps": r[f"{k}_rps"], "what": what, "n": r["n"],
+             "few": r["n"] < FEW}
+            for r in levels for k, what in (("achieved", "achieved"), ("goodput", "good"))]
+    colour = alt.Color("what:N", legend=None, scale=alt.Scale(
+        domain=list(names), range=list(names.values())))
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=colour, tooltip=[
+        alt.Tooltip("value:Q", title=run.axis), "what:N", alt.Tooltip("rps:Q", format=".3g"),
+        "n:Q"])
+    return alt.layer(
+        *_knee(run, answer.knee, values), *_fitted(answer.knee, values, x, y),
+        *_safe(run, answer.knee, x),
+        base.mark_line(strokeWidth=2),
+        base.transform_filter("!datum.few").mark_point(filled=True, size=50, opacity=1),
+        base.transform_filter("datum.few").mark_point(fill=theme.PAPER, size=45, opacity=1),
+        base.transform_filter(f"datum.value == {max(values)}").mark_text(
+            align="left", dx=7, fontWeight=600).encode(text="what:N"),
+    ).properties(title="Throughput, requests per second", height=280)
+
+
+def latency_by_load(run: Run, answer: Answer) -> Chart:
+    levels = answer.levels.to_dict("records")
+    values = [r["value"] for r in levels]
+    names = {"E2E": theme.INK, "TTFT": theme.BLUE}
+    rows = [{"value": r["value"], "what": what, "q": q, "s": r[f"{what.lower()}_{q}_s"],
+             "n": r[f"{what.lower()}_n"], "few": r[f"{what.lower()}_n"] < FEW}
+            for r in levels for what in names for q in ("p50", "p90")
+            if pd.notna(r[f"{what.lower()}_{q}_s"])]
+    x, y = _load_axis(run, values), _time_axis([r["s"] for r in rows], "")
+    colour = alt.Color("what:N", legend=None, scale=alt.Scale(
+        domain=list(names), range=list(names.values())))
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=colour, detail="q:N", tooltip=[
+        alt.Tooltip("value:Q", title=run.axis), "what:N", "q:N",
+        alt.Tooltip("s:Q", title="s", format=".3g"), "n:Q"])
+    median, tail = (base.transform_filter(f"datum.q == '{q}'") for q in ("p50", "p90"))
+    return alt.layer(
+        *_knee(run, answer.knee, values, said=False), *_safe(run, answer.knee, x),
+        tail.mark_line(strokeWidth=1.5, strokeDash=[2, 3]), median.mark_line(strokeWidth=2),
+        median.transform_filter("!datum.few").mark_point(filled=True, size=50, opacity=1),
+        median.transform_filter("datum.few").mark_point(fill=theme.PAPER, size=45, opacity=1),
+        median.transform_filter(f"datum.value == {max(values)}").mark_text(
+            align="left", dx=7, fontWeight=600).encode(text="what:N"),
+    ).properties(title="Latency: p50 solid, p90 dotted", height=280)
+
+
+def _knee(run: Run, knee: Knee | None, values: Sequence[float],
+          said: bool = True) -> list[alt.Chart]:
+    """The knee's rule on the band of its interval."""
+    if knee is None or knee.value is None:
+        return []
+    at = alt.Chart(_data([{"value": knee.value, "lo": knee.lo, "hi": knee.hi, "text":
+                           f"knee {knee.value:.0f} ({knee.lo:.0f}–{knee.hi:.0f})"}]))
+    x = _load_axis(run, values)
+    text = at.mark_text(align="right", baseline="top", dx=-5, dy=2, color=theme.MUTED).encode(
+        x=x, y=alt.value(0), text="text:N")
+    return [at.mark_rect(color="#eceff2").encode(x=_load_axis(run, values, "lo"), x2="hi:Q"),
+            at.mark_rule(color=theme.MUTED).encode(x=x), *([text] if said else [])]
+
+
+def _fitted(knee: Knee | None, values: Sequence[float], x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    if knee is None or knee.value is None or knee.fit is None:
+        return []
+    rows = [{"value": float(c), "rps": knee.fit.rps(float(c))}
+            for c in np.geomspace(min(values), max(values), 60)]
+    return [alt.Chart(_data(rows)).mark_line(
+        strokeWidth=1.2, strokeDash=[4, 3], color=theme.MUTED).encode(x=x, y=y)]
+
+
+def _safe(run: Run, knee: Knee | None, x: alt.X) -> list[alt.Chart]:
+    """A rule at the safe level; its label keeps off the knee's."""
+    safe = run.conclusion.safe
+    if safe is None:
+        return []
+    right = knee is None or knee.value is None or safe >= knee.value
+    at = alt.Chart(_data([{"value": safe, "text": f"safe {safe:g}"}]))
+    return [at.mark_rule(color=theme.SAFE, strokeWidth=1.5).encode(x=x),
+            at.mark_text(align="left" if right else "right", baseline="top", fontWeight=600,
+                         dx=5 if right else -5, dy=2 if right else 18, color=theme.SAFE).encode(
+                             x=x, y=alt.value(0), text="text:N")]
+
+
+def attainment(run: Run, answer: Answer) -> Chart:
+    """Per leg: the share of good requests with its one-sided bounds, against the target."""
+    legs = sorted((r for r in answer.steps.to_dict("records") if r["n"]), key=lambda r: r["value"])
+    rows = [{"leg": f"{r['value']:g} {'' if r['phase'] == 'ladder' else r['phase']} · "
+                    f"{r['good']}/{r['n']}".replace("  ", " "),
+             "share": r["attainment_frac"], "lo": r["lower_frac"], "hi": r["upper_frac"],
+             "load": "INVALID" if r["measurement"] == "INVALID" else r["load"]} for r in legs]
+    y = alt.Y("leg:O", sort=[r["leg"] for r in rows], title=None, axis=alt.Axis(
+        domain=False, ticks=False, labelPadding=10, labelOverlap=False))
+    x, lo = (alt.X(f"{field}:Q", title="", axis=alt.Axis(format="%", tickCount=5),
+                   scale=alt.Scale(domain=[0, 1.02], nice=False)) for field in ("share", "lo"))
+    verdicts = ["SAFE", "UNSAFE", "UNRESOLVED", "INVALID"]
+    colour = alt.Color("load:N", legend=None, scale=alt.Scale(
+        domain=verdicts, range=[theme.SAFE, theme.UNSAFE, theme.UNRESOLVED, "#bbbbbb"]))
+    shape = alt.Shape("load:N", legend=None, scale=alt.Scale(
+        domain=verdicts, range=["circle", "triangle-left", "diamond", "cross"]))
+    base = alt.Chart(_data(rows)).encode(y=y, color=colour, tooltip=[
+        "load:N", alt.Tooltip("share:Q", format=".1%"),
+        alt.Tooltip("lo:Q", title="lower bound", format=".1%"),
+        alt.Tooltip("hi:Q", title="upper bound", format=".1%")])
+    target = alt.Chart(_data([{"share": run.criteria.target, "text":
+                               f"target {100 * run.criteria.target:g} %"}])).encode(x=x)
+    return alt.layer(
+        base.mark_rule(strokeWidth=4, opacity=0.4).encode(x=lo, x2="hi:Q"),
+        target.mark_rule(strokeDash=[4, 4], color=theme.INK),
+        target.mark_text(align="right", baseline="bottom", dy=-4, dx=6).encode(
+            y=alt.value(0), text="text:N"),
+        base.mark_point(filled=True, size=80, opacity=1).encode(x=x, shape=shape),
+    ).properties(height=25 * len(rows))
+
+
+# ---------------------------------------------------------------------------- distributions
+
+
+def ecdf(run: Run, name: str, title: str) -> Chart | None:
+    """The share of answers at or under a latency, one line per level; at most 120 steps each."""
+    rows = []
+    values = sorted({leg.value for leg, _ in run.legs})
+    for value in values:
+        x_s = np.sort(run.sample(*(leg.id for leg, _ in run.legs if leg.value == value))[
+            f"{name}_s"].dropna().to_numpy())
+        picked = np.unique(np.linspace(0, len(x_s) - 1, min(len(x_s), 120)).round().astype(int))
+        rows += [{"level": f"{value:g}", "s": float(x_s[i]), "share": (i + 1) / len(x_s)}
+                 for i in picked.tolist()] if len(x_s) else []
+    if not rows:
+        return None
+    limit = getattr(run.scenario.slo, f"{name}_s")
+    ticks = _ticks([max(r["s"], 1e-5) for r in rows] + ([limit] if limit else []))
+    x = alt.X("s:Q", title="", axis=alt.Axis(labelExpr=TIME, values=ticks),
+              scale=alt.Scale(type="log", domain=[ticks[0], ticks[-1]]))
+    y = alt.Y("share:Q", title="", axis=alt.Axis(format="%", tickCount=5))
+    colour = alt.Color("level:O", sort=[f"{v:g}" for v in values],
+                       scale=alt.Scale(scheme="viridis", reverse=True),
+                       title=words.unit(run), legend=alt.Legend(
+                           columns=8, symbolType="stroke", titleOrient="top")
+                       if len(values) > 1 else None)
+    lines = alt.Chart(_data(rows)).mark_line(interpolate="step-after", strokeWidth=1.8).encode(
+        x=x, y=y, color=colour, tooltip=["level:O", alt.Tooltip("s:Q", format=".3g"),
+                                         alt.Tooltip("share:Q", format=".1%")])
+    marks = []
+    if limit is not None:
+        at = alt.Chart(_data([{"s": limit, "text": f"limit {words.limit(limit)}"}])).encode(x=x)
+        marks = [at.mark_rule(strokeDash=[4, 4], color=theme.MUTED), *_said(
+            at.encode(y=alt.value(236)), "text", theme.MUTED, align="right", dx=-4,
+            baseline="bottom")]
+    return alt.layer(lines, *marks).properties(title=title, height=240)
+
+
+# ---------------------------------------------------------------------------------- over time
+
+
+def in_flight(run: Run) -> Chart | None:
+    """Requests in flight, and a tick for each that failed, on the legs' windows."""
+    f = run.frame
+    if f.empty:
+        return None
+    starts = np.sort(f["sent_s"].fillna(f["due_s"]).to_numpy())
+    ends = np.sort(f["end_s"].to_numpy())
+    grid = np.linspace(0, float(ends[-1]), 500)
+    n = np.searchsorted(starts, grid, "right") - np.searchsorted(ends, grid, "right")
+    failed = f[~f["outcome"].isin([x.value for x in NOT_ERRORS])]
+    x, span = _run_axis(run)
+    y = alt.Y("n:Q", title="", axis=alt.Axis(tickCount=5, tickMinStep=1),
+              scale=alt.Scale(domain=[0, max(1, int(n.max())) * 1.15], nice=False))
+    lines = alt.Chart(_data([{"s": float(t), "n": int(k)} for t, k in
+                             zip(grid, n, strict=True)])).mark_line(
+        interpolate="step-after", color=theme.BLUE, strokeWidth=1.5).encode(x=x, y=y)
+    ticks = alt.Chart(_data([{"s": t, "n": 0, "outcome": o} for t, o in zip(
+        failed["end_s"][:1000], failed["outcome"][:1000], strict=True)])).mark_tick(
+        orient="vertical", color=theme.UNSAFE, height=14, thickness=1.5, opacity=0.7).encode(
+            x=x, y=alt.value(192), tooltip=["outcome:N", alt.Tooltip("s:Q", format=".1f")])
+    return alt.layer(*_legs(run, x, span, named=True), lines,
+                     *([ticks] if len(failed) else [])).properties(
+        title="Requests in flight", height=200)
+
+
+def over_time(run: Run, source: str, name: str, title: str, factor: float,
+              top: float | None = None) -> Chart | None:
+    """A telemetry series times `factor`, on the legs' windows; None if there is none."""
+    points = [((t - run.t0_ns) / 1e9, v * factor)
+              for t, v in run.telemetry.get(source, {}).get(name, ())]
+    if not points or not run.legs:
+        return None
+    points = points[:: max(1, len(points) // 500)]
+    x, span = _run_axis(run)
+    y = alt.Y("v:Q", title="", axis=alt.Axis(tickCount=4), scale=alt.Scale(
+        domain=[0, top]) if top else alt.Scale(zero=True))
+    line = alt.Chart(_data([{"s": t, "v": v} for t, v in points if span[0] <= t <= span[1]]))
+    return alt.layer(*_legs(run, x, span), line.mark_line(
+        color=theme.BLUE, strokeWidth=1.5, interpolate="step-after").encode(x=x, y=y)).properties(
+            title=title, height=120)
+
+
+def _run_axis(run: Run) -> tuple[alt.X, tuple[float, float]]:
+    span = (0.0, max((w.end_ns - run.t0_ns) / 1e9 for _, w in run.legs))
+    return alt.X("s:Q", title="Seconds since the start", axis=alt.Axis(grid=False, tickCount=6),
+                 scale=alt.Scale(domain=span, nice=False)), span
+
+
+def _legs(run: Run, x: alt.X, span: tuple[float, float], named: bool = False) -> list[alt.Chart]:
+    """Each leg's measured window in blue on its warm-up and drain in grey."""
+    rows = []
+    for leg, w in run.legs:
+        for kind, a, b in (("around", w.t0_ns, w.end_ns), ("measured", w.from_ns, w.to_ns)):
+            rows.append({"s": (a - run.t0_ns) / 1e9, "to": min((b - run.t0_ns) / 1e9, span[1]),
+                         "kind": kind, "label": f"{leg.value:g}" if kind == "measured" else ""})
+    base = alt.Chart(_data(rows)).encode(x=x)
+    shade = [base.transform_filter(f"datum.kind == '{kind}'").mark_rect(
+        color=colour, opacity=1).encode(x2="to:Q")
+        for kind, colour in (("around", theme.UNMEASURED), ("measured", theme.MEASURED))]
+    text = base.transform_filter("datum.label != ''").mark_text(
+        align="left", baseline="top", dx=2, dy=3, color=theme.MUTED, fontSize=10).encode(
+            y=alt.value(0), text="label:N")
+    return [*shade, *([text] if named else [])]
+
+
+# ------------------------------------------------------------------------------------- outputs
+
+
+def spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    """The Vega-Lite spec in the page's style."""
+    plain: dict[str, Any] = chart.to_dict(validate=False)
+    plain["config"] = theme.CHART
+    return plain
+
+
+def png(left: Chart, right: Chart, title: str) -> bytes:
+    """Two panels side by side, at twice the pixels."""
+    import vl_convert  # noqa: PLC0415
+
+    both = alt.hconcat(left.properties(width=480), right.properties(width=480),
+                       spacing=40).properties(title=alt.Title(title, fontSize=15))
+    data: bytes = vl_convert.vegalite_to_png(spec(both), vl_version=version(), scale=2)
+    return data
+
+
+def version() -> str:
+    """The Vega-Lite release that Altair writes, as vl_convert names it: "6.1"."""
+    return ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])

@@ -1,0 +1,279 @@
+"""report.html: one file that needs no network, and PNGs of its two main charts."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
+from altair.utils import schemapi
+
+from analysis import charts, frame, steps, theme, words
+from analysis.charts import Chart
+from analysis.frame import Run
+from analysis.steps import duration, number
+from analysis.words import Answer
+from loadgen import metrics
+
+SWATCH = '<span class="key"><i style="background:{}"></i>{}</span>'
+
+
+def write(run: Run) -> Path:
+    """Writes report.html and, for several levels, qps_latency.png and throughput.png into the
+    run's folder; returns the page's path. Raises StoreError."""
+    # bundling takes a second or two, outside the GIL; checking each datum against Vega-Lite's
+    # schema takes another, and the tests do it
+    with ThreadPoolExecutor(1) as beside, schemapi.debug_mode(False):
+        library = beside.submit(_library)
+        answer = words.answer(run)
+        drawn: list[Chart] = []
+        body = "\n".join([*_head(run, answer), *_level_charts(run, answer, drawn),
+                          *_run_charts(run, drawn), *_tables(run, answer), *_ends(run)])
+        specs = [charts.spec(c.properties(width="container")) for c in drawn]
+        page = _page(run.manifest.model, body, specs, library.result())
+    path = run.folder.write("report.html", page.encode())
+    if len(answer.levels) > 1:
+        title = f"{run.manifest.model}: {answer.verdict.headline}"
+        for name, pair in (("qps_latency.png", drawn[:2]), ("throughput.png", drawn[2:4])):
+            run.folder.write(name, charts.png(pair[0], pair[1], title))
+    return path
+
+
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    import vl_convert  # noqa: PLC0415
+
+    bundle: str = vl_convert.javascript_bundle(  # type: ignore[call-arg]
+        vl_version=charts.version())
+    return bundle.replace("</script", r"<\/script")
+
+
+def _page(title: str, body: str, specs: Sequence[dict[str, Any]], library: str) -> str:
+    for spec in specs:
+        spec.pop("$schema", None)  # a name, but it looks like an address
+    # "<" never appears in the data, so that no text in it can end the script
+    data = json.dumps(specs, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}: load test</title>
+<style>{theme.CSS}</style></head><body><main>
+{body}
+</main>
+<script>{library}</script>
+<script>
+const specs = {data};
+specs.forEach((spec, i) => vegaEmbed("#c" + i, spec,
+  {{mode: "vega-lite", actions: false, renderer: "svg"}}).catch(console.error));
+</script></body></html>
+"""
+
+
+def _figure(drawn: list[Chart], chart: Chart | None, caption: str = "") -> str:
+    """A place for the chart. `caption` is HTML."""
+    if chart is None:
+        return ""
+    drawn.append(chart)
+    said = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'<figure><div id="c{len(drawn) - 1}"></div>{said}</figure>'
+
+
+# ------------------------------------------------------------------------------------- the head
+
+
+def _head(run: Run, answer: Answer) -> Iterator[str]:
+    v, m = answer.verdict, run.manifest
+    about = [m.model, str(m.server.get("kind", "")), f"mix {run.scenario.name}",
+             run.scenario.description, m.created, f"run {m.run}"]
+    yield f'<p class="about">{escape(" · ".join(x for x in about if x))}</p>'
+    badges = [f'<span class="badge full">{v.load}</span>',
+              f'<span class="badge {v.measurement.lower()}">{v.measurement}</span>']
+    if run.simulated:
+        badges.append('<span class="badge note">SIMULATED SERVER</span>')
+    text = "".join(f"<p>{_unbroken(escape(x))}</p>" for x in v.sentences)
+    yield (f'<section class="verdict {v.load.lower()}">{"".join(badges)}'
+           f"<h1>{escape(v.headline)}</h1>{text}</section>")
+    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}"
+                    "</small></dd></div>" for name, value, note in _keys(run, answer))
+    yield f'<dl class="keys">{tiles}</dl>' if tiles else ""
+    if run.torn:
+        yield (f'<p class="muted">{run.torn} torn line{"s" * (run.torn != 1)} in the journals '
+               "(a crash) passed over.</p>")
+
+
+def _unbroken(text: str) -> str:
+    """Keeps a number with its sign and unit on one line."""
+    return re.sub(r"≤ ([\d.]+) (m?s)\b", "≤\u00a0\\1\u00a0\\2", text).replace(" %", "\u00a0%")
+
+
+def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
+    """The figures that people quote: name, value, note."""
+    if not run.legs:
+        return
+    c, knee = run.conclusion, answer.knee
+    per = "concurrency" if run.axis == "concurrency" else "rate"
+    shown = run.judgements[0].value if run.is_run else c.safe
+    if not run.is_run:
+        least = "≥ " if c.at_least else ""
+        yield (f"Max safe {per}", "–" if c.safe is None else f"{least}{c.safe:g}",
+               f"first unsafe: {c.unsafe:g}" if c.unsafe is not None else "none was unsafe")
+    if knee is not None and run.axis == "concurrency":
+        yield ("Knee", "–" if knee.value is None else f"{knee.value:.0f}",
+               "not identified" if knee.lo is None or knee.hi is None
+               else f"{knee.lo:.0f}–{knee.hi:.0f} at 95 %")
+    if shown is not None:
+        legs = [r for r in answer.steps.to_dict("records") if r["value"] == shown]
+        r = next((x for x in legs if x["phase"] == "confirm"), legs[0])
+        at = "" if run.is_run else f" at {shown:g}"
+        yield f"Goodput{at}", f"{number(r['goodput_rps'])}/s", f"of {r['offered_rps']:.3g}/s due"
+        yield (f"Met the SLO{at}", f"{r['good']} of {r['n']}",
+               f"at least {number(r['lower_frac'], '.1%')} with {c.confidence:.0%} confidence")
+        yield (f"TTFT{at}", duration(r["ttft_p50_s"]), f"median; p90 {duration(r['ttft_p90_s'])}")
+        yield (f"TPOT{at}", duration(r["tpot_p50_s"]), f"median; p90 {duration(r['tpot_p90_s'])}")
+    if knee is not None and knee.peak_rps is not None:
+        yield "Peak throughput", f"{knee.peak_rps:.3g}/s", f"at {knee.peak_at:g}"
+    peak = answer.steps["gpu_memory_peak_gib"].max()
+    if pd.notna(peak):
+        first = answer.steps["gpu_memory_start_gib"].dropna().iloc[0]
+        yield "GPU memory, peak", f"{peak:.1f} GiB", f"{first:.1f} GiB at the start, per GPU"
+
+
+# ------------------------------------------------------------------------------------- charts
+
+
+def _level_charts(run: Run, answer: Answer, drawn: list[Chart]) -> Iterator[str]:
+    if len(answer.levels) < 2:
+        return
+    few = f"Hollow: fewer than {charts.FEW} answers, too few for a p90."
+    yield "<h2>Throughput against latency</h2>"
+    yield (f'<p class="muted">Each point is one level, labelled with its {run.axis}; the line '
+           f"joins them in that order. {few}</p>")
+    yield '<div class="pair">' + "".join(
+        _figure(drawn, charts.qps_latency(run, answer, name, title))
+        for name, title in (("ttft", "Time to first token"), ("e2e", "Whole answer"))) + "</div>"
+    yield "<h2>Throughput and latency against the load</h2>"
+    knee = answer.knee
+    band = "Grey band: the knee with its 95 % interval, from the dashed fit. "
+    yield (f'<p class="muted">{band if knee and knee.value is not None else ""}'
+           f"Good: answers that met every limit. {few}</p>")
+    yield '<div class="pair">' + _figure(drawn, charts.throughput(run, answer)) + _figure(
+        drawn, charts.latency_by_load(run, answer)) + "</div>"
+    yield "<h2>Attainment of the SLO</h2>"
+    yield ('<p class="muted">Share of requests that met every limit, with one-sided '
+           f"{run.criteria.confidence:.0%} bounds; left the level and how many of how many. "
+           + " ".join(SWATCH.format(c, t) for c, t in (
+                   (theme.SAFE, "safe"), (theme.UNSAFE, "unsafe"),
+                   (theme.UNRESOLVED, "unresolved: too few to tell"))) + "</p>")
+    yield _figure(drawn, charts.attainment(run, answer))
+
+
+def _run_charts(run: Run, drawn: list[Chart]) -> Iterator[str]:
+    if run.frame.empty:
+        return
+    yield "<h2>Distributions</h2>"
+    yield '<p class="muted">Share of answers at or under a latency, all of a level’s legs.</p>'
+    yield '<div class="pair">' + "".join(_figure(drawn, charts.ecdf(run, *x)) for x in (
+        ("ttft", "Time to first token"), ("tpot", "Time per output token"))) + "</div>"
+    yield "<h2>Over time</h2>"
+    yield '<p class="muted">' + " ".join(SWATCH.format(c, t) for c, t in (
+        (theme.MEASURED, "measured window, with its level"),
+        (theme.UNMEASURED, "warm-up and drain"), (theme.UNSAFE, "failed requests"))) + "</p>"
+    yield _figure(drawn, charts.in_flight(run))
+    yield '<div class="pair">' + "".join(_figure(drawn, charts.over_time(run, *x)) for x in (
+        ("gpu", "memory_used_bytes", "GPU memory in use, GiB", 1 / steps.GIB),
+        ("server", "kv_frac", "KV cache in use, %", 100.0, 100.0),
+        ("server", "waiting", "Requests waiting at the server", 1.0),
+        ("gpu", "util_frac", "GPU busy, %", 100.0, 100.0))) + "</div>"
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells are text; one that is a verdict gets its colour."""
+    top = "".join(f"<th>{escape(x)}</th>" for x in heads)
+    lines = []
+    for row in rows:
+        marked = ((x, x.lower() if x in VERDICTS else "text" if len(x) > 40 else "") for x in row)
+        lines.append("<tr>" + "".join(f'<td class="{kind}">{escape(x)}</td>' if kind else
+                                      f"<td>{escape(x)}</td>" for x, kind in marked) + "</tr>")
+    return (f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}'
+            "</tbody></table></div>")
+
+
+VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
+
+
+def _tables(run: Run, answer: Answer) -> Iterator[str]:
+    if not run.legs:
+        return
+    rows = answer.steps.to_dict("records")
+    yield "<h2>All legs</h2>"
+    yield ('<p class="muted">A p90 stands only where there are '
+           f"{charts.FEW} values or more. In brackets the lower bound.</p>")
+    yield _table((*steps.HEADS, *MORE), ([*steps.cells(r), *_more(r)] for r in rows))
+    yield "<h2>By class</h2>"
+    yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
+                  "output tokens p50"), _classes(run))
+    missed = [j for j in run.judgements if j.misses]
+    if missed:
+        reasons = sorted({x for j in missed for x in j.misses})
+        yield "<h2>Misses by reason</h2>"
+        yield '<p class="muted">A request may break several limits.</p>'
+        yield _table(("leg", "n", "missed", *(words.NAMES.get(x, x) for x in reasons)),
+                     ([j.leg, str(j.n), str(j.n - j.good),
+                       *(str(j.misses.get(x, "")) for x in reasons)] for j in missed))
+    f = run.frame[run.frame["error"] != ""]
+    said = Counter(zip(f["outcome"], f["error"], strict=True)).most_common(12)
+    if said:
+        yield "<h3>What failed requests were told</h3>"
+        yield _table(("outcome", "requests", "message"), (
+            [outcome, str(n), error.ljust(41)] for (outcome, error), n in said))
+
+
+MORE = ("TTFT max", "ITL p99", "prompt tok/s", "running", "waiting", "preemptions", "prefix hits",
+        "GPU memory", "GPU busy", "why")
+
+
+def _more(r: Mapping[Any, Any]) -> list[str]:
+    return [duration(r["ttft_max_s"]), duration(r["itl_p99_s"]), number(r["prompt_tok_s"], ".0f"),
+            number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
+            number(r["prefix_hit_frac"], ".0%"), number(r["gpu_memory_peak_gib"], ".1f") + " GiB",
+            number(r["gpu_util_frac"], ".0%"), r["reasons"]]
+
+
+def _classes(run: Run) -> Iterator[list[str]]:
+    """Rows of class by level, all of a level's legs."""
+    f = run.frame[run.frame["in_window"] & ~run.frame["void"]]
+    for (cls, value), own in f.groupby(["cls", "value"]):
+        yield [str(cls), f"{value:g}", str(len(own)), f"{int(own['good'].sum())} of {len(own)}",
+               *(duration(own[f"{x}_s"].median()) for x in ("ttft", "tpot", "e2e")),
+               number(own["output_tok"].median(), ".0f")]
+
+
+def _ends(run: Run) -> Iterator[str]:
+    found = [(j.leg, f) for j in run.judgements for f in j.findings]
+    yield "<h2>Findings on the measurement</h2>"
+    yield ('<ul class="findings">' + "".join(
+        f'<li class="{f.verdict.lower()}"><strong>{f.verdict}</strong> · {escape(leg)} · '
+        f'{escape(f.says)}<br><span class="muted">{escape(f.remedy)}</span></li>'
+        for leg, f in found) + "</ul>") if found else (
+        '<p class="muted">None: the generator was not the limit.</p>' if run.legs else "")
+    yield "<h2>Terms</h2>"
+    yield '<dl class="terms">' + "".join(
+        f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in metrics.TERMS.items()) + "</dl>"
+    manifest = msgspec.json.format(msgspec.json.encode(run.manifest)).decode()
+    yield (f"<details><summary>Manifest</summary><pre>{escape(manifest)}</pre></details>")
+
+
+def main() -> None:
+    print(write(frame.open_run(frame.parser("Writes the report of a run.").parse_args())))
+
+
+if __name__ == "__main__":
+    main()

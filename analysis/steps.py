@@ -1,0 +1,168 @@
+"""The table of a run: one row per leg (or per level), every number with its n."""
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import frame
+from analysis.frame import Floats, Run
+from loadgen import metrics
+from loadgen.judge import Judgement
+from loadgen.leg import Leg, Window
+
+GIB = 2**30
+TAILS = (0.9, 0.99)  # printed only where n ≥ metrics.min_n
+
+
+def table(run: Run) -> pd.DataFrame:
+    """One row per leg, in the order in which they ran. Absent values are NaN."""
+    return pd.DataFrame([_leg_row(run, i) for i in range(len(run.legs))])
+
+
+def levels(run: Run) -> pd.DataFrame:
+    """One row per level, ascending: all its legs taken together, but INVALID ones left out."""
+    rows = []
+    usable = [j for j in run.judgements if j.measurement != "INVALID" and j.n]
+    for value in sorted({j.value for j in usable}):
+        here = [j for j in usable if j.value == value]
+        rows.append({"value": value, **_counts(run, here), **_latencies(run, here),
+                     **_tokens(run, here)})
+    return pd.DataFrame(rows)
+
+
+def _leg_row(run: Run, i: int) -> dict[str, object]:
+    (leg, window), j, signs = run.legs[i], run.judgements[i], run.signs[i]
+    return {
+        "leg": leg.id, "phase": leg.phase, "value": leg.value, "ending": window.ending,
+        **_counts(run, [j]), **_latencies(run, [j]), **_tokens(run, [j]),
+        "outcomes": ", ".join(f"{k} {n}" for k, n in sorted(j.outcomes.items())),
+        "misses": ", ".join(f"{k} {n}" for k, n in sorted(j.misses.items())),
+        "running_mean": signs.running_mean, "waiting_mean": signs.waiting_mean,
+        "kv_max_frac": signs.kv_max, "preemptions": signs.preemptions,
+        "prefix_hit_frac": signs.prefix_hit_frac, **_gpu(run, leg, window),
+        "measurement": j.measurement, "load": j.load, "reasons": "; ".join(j.reasons)}
+
+
+def _counts(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
+    """Rates of several legs are weighted by their windows. Bounds are one-sided ones."""
+    n, good = sum(j.n for j in legs), sum(j.good for j in legs)
+    errors, window_s = sum(j.errors for j in legs), sum(j.window_s for j in legs)
+    confidence = run.criteria.confidence
+    return {
+        "window_s": window_s, "n": n, "void": sum(j.void for j in legs), "good": good,
+        "offered_rps": sum(j.n + j.void for j in legs) / window_s,
+        "achieved_rps": sum(j.achieved_rps * j.window_s for j in legs) / window_s,
+        "goodput_rps": sum(j.goodput_rps * j.window_s for j in legs) / window_s,
+        "attainment_frac": good / n if n else None,
+        "lower_frac": metrics.lower_bound(good, n, confidence),
+        "upper_frac": metrics.upper_bound(good, n, confidence),
+        "errors": errors, "error_frac": errors / n if n else None}
+
+
+def _latencies(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
+    ids = [j.leg for j in legs]
+    sample, out = run.sample(*ids), {}
+    for name in ("ttft", "ttft_service", "tpot", "e2e"):
+        out.update(distribution(name, sample[f"{name}_s"].dropna().to_numpy()))
+    return {**out, **distribution("itl", run.gaps_s(*ids))}
+
+
+def distribution(name: str, values_s: Floats) -> dict[str, object]:
+    """n, mean, median, tails where n has them, maximum; medians stand at any n."""
+    def at(q: float) -> float | None:
+        found = metrics.quantile(values_s, q)
+        return found.value if found and (q == 0.5 or found.n >= metrics.min_n(q)) else None
+
+    n = len(values_s)
+    return {f"{name}_n": n, f"{name}_mean_s": float(values_s.mean()) if n else None,
+            **{f"{name}_p{100 * q:.0f}_s": at(q) for q in (0.5, *TAILS)},
+            f"{name}_max_s": float(values_s.max()) if n else None}
+
+
+def _tokens(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
+    """Tokens per second of the windows, whoever's they were: output as its events came, a prompt
+    when its first token came."""
+    output = prompt = window_s = 0.0
+    spans = {leg.id: window for leg, window in run.legs}
+    for j in legs:
+        window = spans[j.leg]
+        f = run.frame[run.frame["leg"] == j.leg]
+        first_ns = (f["due_s"] + f["ttft_s"]) * 1e9 + run.t0_ns
+        inside = (first_ns >= window.from_ns) & (first_ns < window.to_ns)
+        output += float(f["window_tok"].sum())
+        prompt += float(f["prompt_tok"][inside].sum())
+        window_s += j.window_s
+    return {"output_tok_s": output / window_s, "prompt_tok_s": prompt / window_s}
+
+
+def _gpu(run: Run, leg: Leg, window: Window) -> dict[str, object]:
+    """Memory per GPU (the fullest one's) when the leg began and at its peak; mean utilisation."""
+    gpu = run.telemetry.get("gpu", {})
+    used = [(t, v / GIB) for t, v in gpu.get("memory_used_bytes", ())
+            if window.t0_ns <= t <= window.end_ns]
+    busy = [v for t, v in gpu.get("util_frac", ()) if window.from_ns <= t < window.to_ns]
+    return {"gpu_memory_start_gib": used[0][1] if used else None,
+            "gpu_memory_peak_gib": max((v for _, v in used), default=None),
+            "gpu_util_frac": float(np.mean(busy)) if busy else None}
+
+
+# ------------------------------------------------------------------------------------- printing
+
+
+def duration(value_s: float | None) -> str:
+    """A time as people read it: "840 ms", "2.31 s"; "–" where there is none."""
+    if value_s is None or np.isnan(value_s):
+        return "–"
+    if value_s < 0.9995:
+        return f"{1000 * value_s:.3g} ms" if value_s < 0.0995 else f"{1000 * value_s:.0f} ms"
+    return f"{value_s:.2f} s" if value_s < 9.995 else f"{value_s:.1f} s"
+
+
+def number(value: float | None, spec: str = ".3g") -> str:
+    return "–" if value is None or np.isnan(value) else format(value, spec)
+
+
+def cells(r: Mapping[Any, Any]) -> list[str]:
+    """A row of `table` as people read it, in the order of HEADS."""
+    return [
+        str(r["leg"]), number(r["n"], ".0f"),
+        *(number(r[x]) for x in ("offered_rps", "achieved_rps", "goodput_rps")),
+        f"{number(r['attainment_frac'], '.1%')} (≥ {number(r['lower_frac'], '.1%')})",
+        *(f"{duration(r[f'{x}_p50_s'])} / {duration(r[f'{x}_p90_s'])}"
+          for x in ("ttft", "tpot", "e2e")),
+        number(r["output_tok_s"], ".0f"), number(r["error_frac"], ".1%"),
+        number(r["kv_max_frac"], ".0%"), str(r["load"]), str(r["measurement"])]
+
+
+HEADS = ("leg", "n", "offered/s", "achieved/s", "goodput/s", "attainment", "TTFT p50 / p90",
+         "TPOT p50 / p90", "E2E p50 / p90", "output tok/s", "errors", "KV max", "load",
+         "measurement")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = frame.parser("The table of a run: one row per leg.")
+    args.add_argument("--csv", action="store_true", help="all columns, as CSV")
+    options = args.parse_args(argv)
+    run = frame.open_run(options)
+    rows = table(run)
+    if options.csv:
+        rows.to_csv(sys.stdout, index=False, quoting=csv.QUOTE_MINIMAL)
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    shown = Table(*HEADS, title=f"{run.manifest.run}: {run.manifest.model}")
+    for r in rows.to_dict("records"):
+        shown.add_row(*cells(r))
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width).print(shown)
+    if run.torn:
+        print(f"{run.torn} torn lines were passed over", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

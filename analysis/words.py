@@ -1,0 +1,213 @@
+"""The verdict of a run in plain words. SAFE never stands without its n and its confidence;
+UNRESOLVED says what would settle it; INVALID says that the generator was the limit."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import pandas as pd
+from msgspec import Struct
+
+from analysis import knee as knees
+from analysis import steps
+from analysis.frame import Run
+from analysis.knee import Knee
+from loadgen import metrics, ramp
+from loadgen.judge import Judgement, LoadVerdict
+from loadgen.ramp import Conclusion
+from loadgen.scenario import Slo
+from loadgen.validity import Finding, Measurement
+
+NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "event gap", "e2e": "E2E"}
+
+
+class Verdict(Struct, frozen=True):
+    """`headline` is one sentence; `sentences` give its grounds, the most important first."""
+
+    load: LoadVerdict
+    measurement: Measurement
+    headline: str
+    sentences: list[str]
+
+
+class Answer(Struct, frozen=True):
+    """All that is made of a run, once, for terminal, report and summary alike. `knee` is None
+    for a run that is no sweep."""
+
+    steps: pd.DataFrame
+    levels: pd.DataFrame
+    knee: Knee | None
+    verdict: Verdict
+
+
+@lru_cache(maxsize=1)
+def answer(run: Run) -> Answer:
+    knee = None if run.is_run or not run.legs else knees.of(run)
+    if not run.legs:
+        verdict = Verdict("UNRESOLVED", "INVALID", "No leg was run: there is nothing to judge", [])
+    elif knee is None:
+        verdict = of_leg(run, run.judgements[0])
+    else:
+        verdict = of_sweep(run, run.conclusion, knee)
+    return Answer(steps.table(run), steps.levels(run), knee, verdict)
+
+
+def verdict(run: Run) -> list[str]:
+    """The paragraphs that the terminal shows."""
+    said = answer(run).verdict
+    label = " (simulated)" if run.simulated else ""
+    return [f"{said.load}, {said.measurement}{label}: {said.headline}.", *said.sentences]
+
+
+# ---------------------------------------------------------------------------------------- a sweep
+
+
+def of_sweep(run: Run, conclusion: Conclusion, knee: Knee) -> Verdict:
+    usable = [j for j in run.judgements if j.measurement != "INVALID" or j.died]
+    last = run.judgements[-1]
+    if conclusion.load == "UNRESOLVED" and last.measurement == "INVALID" and not last.died:
+        return Verdict("UNRESOLVED", "INVALID", "No verdict: the load generator was the limit, "
+                       "not the server", _findings(last.findings))
+    sentences = _grounds(run, conclusion, usable)
+    if conclusion.unsafe is not None:
+        met = "met it" if sentences else f"met {slo_of(run)}"
+        sentences.append(_unsafe(run, usable, conclusion.unsafe, met))
+    sentences.append(knees.says(knee))
+    suspect = conclusion.suspect if conclusion.load == "SAFE" else any(
+        j.measurement == "SUSPECT" for j in usable)
+    if suspect:
+        sentences.append("The measurement is suspect: see the findings.")
+    return Verdict(conclusion.load, "SUSPECT" if suspect else "VALID",
+                   _headline(run, conclusion, usable), sentences)
+
+
+def _headline(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> str:
+    if conclusion.load == "SAFE" and conclusion.safe is not None:
+        soaked = any(j.phase == "soak" and j.value == conclusion.safe and j.load == "SAFE"
+                     for j in usable)
+        least = "at least " if conclusion.at_least else ""
+        return (f"Safe up to {least}{load_of(run, conclusion.safe)} of this mix"
+                + ("" if soaked else " (not soak-tested)"))
+    if conclusion.load == "UNSAFE" and conclusion.unsafe is not None:
+        return f"Not safe at any tested level, from {load_of(run, conclusion.unsafe)} up"
+    if conclusion.unsafe is not None:
+        return f"Unresolved: the safe level is under {load_of(run, conclusion.unsafe)}"
+    return "Unresolved: no level was shown to be safe, and none to be unsafe"
+
+
+def _grounds(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> list[str]:
+    proof = conclusion.proof
+    if conclusion.load == "SAFE" and proof is not None:
+        return [_share(run, proof.good, proof.n) + "; " + _at_least(run, proof.lower)]
+    if conclusion.load == "UNSAFE":
+        return []
+    levels = sorted({j.value for j in usable})
+    level = proof.value if proof else ramp.candidate(usable, levels, run.criteria)
+    if level is None:
+        return ["No level could be judged."]
+    here = [j for j in usable if j.value == level]
+    confirmed = [j for j in here if j.phase == "confirm"]
+    good, n = sum(j.good for j in confirmed or here), sum(j.n for j in confirmed or here)
+    said = f"At {level:g}, {_share(run, good, n)}; "
+    lower = metrics.lower_bound(good, n, run.criteria.confidence)
+    if not confirmed and lower >= run.criteria.target:
+        return [said + "a confirmation with fresh requests would settle it: give more with "
+                "--budget."]
+    return [said + _settle(run, good, n)]
+
+
+def _unsafe(run: Run, usable: Sequence[Judgement], level: float, met: str) -> str:
+    """What went wrong at an unsafe level. `met`: "met it", where the limits were just named."""
+    worst = next(j for j in usable if j.value == level and j.load == "UNSAFE")
+    share = f"{_frac(worst.good / worst.n)} of {worst.n}" if worst.good else f"none of {worst.n}"
+    broke = sorted(worst.misses.items(), key=lambda x: -x[1])[:2]
+    why = " and ".join(f"{n} by {NAMES.get(k, k)}" for k, n in broke)
+    only = "only " if worst.good > 0 and worst.upper < run.criteria.target else ""
+    return (f"At {level:g}, {only}{share} {met}" + (f" (missed {why})" if why else "")
+            + "".join(f"; {x}" for x in worst.reasons[:-1]) + ".")
+
+
+# ------------------------------------------------------------------------------------- one leg
+
+
+def of_leg(run: Run, j: Judgement) -> Verdict:
+    where = load_of(run, j.value)
+    share = _share(run, j.good, j.n)
+    if j.measurement == "INVALID" and not j.died:
+        return Verdict("UNRESOLVED", "INVALID", f"No verdict at {where}: the load generator was "
+                       "the limit, not the server", [*_findings(j.findings), f"{share}."])
+    if j.load == "SAFE":
+        head, rest = f"Met at {where}", [share + "; " + _at_least(run, j.lower)]
+    elif j.load == "UNSAFE":
+        head = f"Not met at {where}"
+        rest = [_unsafe(run, [j], j.value, f"met {slo_of(run)}"),
+                f"Asked for: {_frac(run.criteria.target)} of the requests."]
+    else:
+        head = f"Unresolved at {where}"
+        rest = [f"{share}; {_settle(run, j.good, j.n)}",
+                *([f"Class {', '.join(j.refuted_classes)} surely misses the target."]
+                  if j.refuted_classes else [])]
+    if j.measurement == "SUSPECT":
+        rest.append("The measurement is suspect: see the findings.")
+    return Verdict(j.load, j.measurement, head, rest)
+
+
+# ------------------------------------------------------------------------------------- phrases
+
+
+def load_of(run: Run, value: float) -> str:
+    if run.axis == "rate":
+        return f"{value:g} requests per second"
+    return f"{value:g} concurrent request{'s' if value != 1 else ''}"
+
+
+def unit(run: Run) -> str:
+    return "Concurrent requests" if run.axis == "concurrency" else "Offered requests per second"
+
+
+def slo_of(run: Run) -> str:
+    """The limits in words: "TTFT ≤ 2 s and TPOT ≤ 50 ms"."""
+    own = {run.scenario.slo_of(c.name) for c in run.scenario.classes}
+    return limits(own.pop()) if len(own) == 1 else "the limits of their class"
+
+
+def limits(slo: Slo) -> str:
+    parts = [f"{NAMES[x]} ≤ {limit(v)}" for x in NAMES if (v := getattr(slo, f"{x}_s"))]
+    return " and ".join(parts) or "no limit at all (complete answers)"
+
+
+def limit(value_s: float) -> str:
+    return f"{1000 * value_s:g} ms" if value_s < 1 else f"{value_s:g} s"
+
+
+def _share(run: Run, good: int, n: int) -> str:
+    return f"{good} of {n} met {slo_of(run)}" if n else "no request was due in the window"
+
+
+def _at_least(run: Run, lower: float) -> str:
+    sure = _frac(run.criteria.confidence)
+    return f"with {sure} confidence at least {_frac(lower, down=True)} do."
+
+
+def _settle(run: Run, good: int, n: int) -> str:
+    target, confidence = run.criteria.target, run.criteria.confidence
+    lower = _frac(metrics.lower_bound(good, n, confidence), down=True)
+    bounds = (f"the true share lies between {lower} and "
+              f"{_frac(metrics.upper_bound(good, n, confidence))}")
+    miss = (n - good) / n if n else 0.0
+    more = metrics.needed_n(target, miss, confidence) if miss < 1 - target else None
+    if more is None:
+        return f"{bounds}; at this share no number of requests would show {_frac(target)}."
+    missing = f"{more - n} more requests" if more > n else "a few more requests"
+    return (f"{bounds}; {missing} at this share would show {_frac(target)}: a longer run, or "
+            "more with --budget.")
+
+
+def _frac(value: float, down: bool = False) -> str:
+    """A share in percent, to 0.1; a lower bound is rounded down."""
+    tenths = int(1000 * value) / 10 if down else round(1000 * value) / 10
+    return f"{tenths:g} %"
+
+
+def _findings(findings: Sequence[Finding]) -> list[str]:
+    return [f"{f.says[:1].upper()}{f.says[1:]}. Remedy: {f.remedy}." for f in findings]
+
