@@ -14,7 +14,6 @@ from analysis.frame import Run
 from analysis.knee import Knee
 from analysis.words import Answer
 from loadgen import metrics
-from loadgen.judge import NOT_ERRORS
 
 Rows = Sequence[Mapping[Any, Any]]
 Chart = alt.LayerChart | alt.FacetChart
@@ -23,13 +22,13 @@ TIME = ("datum.value == 0 ? '0' : datum.value < 0.9995 ? format(datum.value * 10
 FEW = metrics.min_n(0.9)  # below it a level has no p90, and its median is drawn hollow
 
 
-def _data(rows: Rows) -> alt.Data:
+def data(rows: Rows) -> alt.Data:
     """Inline data; absent numbers become null."""
     return alt.Data(values=[{k: None if isinstance(v, float) and math.isnan(v) else v
                              for k, v in r.items()} for r in rows])  # type: ignore[no-untyped-call]
 
 
-def _ticks(values: Iterable[float]) -> list[float]:
+def ticks(values: Iterable[float]) -> list[float]:
     """1-2-5 steps that enclose the values, for a log axis."""
     lo, hi = min(values), max(values)
     steps = [m * 10.0**e for e in range(-5, 6) for m in (1, 2, 5)]
@@ -38,13 +37,13 @@ def _ticks(values: Iterable[float]) -> list[float]:
     return steps[first:max(last, first + 1) + 1]
 
 
-def _said(base: alt.Chart, field: str, colour: str | alt.Color, **mark: Any) -> list[alt.Chart]:
+def said(base: alt.Chart, field: str, colour: str | alt.Color, **mark: Any) -> list[alt.Chart]:
     """Text on a halo, so that lines do not strike it through."""
     halo: dict[str, Any] = {"stroke": theme.PAPER, "strokeWidth": 3, "color": theme.PAPER}
     plain: dict[str, Any] = {"color": colour} if isinstance(colour, str) else {}
-    said = base.mark_text(**mark, **plain).encode(text=f"{field}:N")
+    text = base.mark_text(**mark, **plain).encode(text=f"{field}:N")
     return [base.mark_text(**mark, **halo).encode(text=f"{field}:N"),
-            said if plain else said.encode(color=colour)]
+            text if plain else text.encode(color=colour)]
 
 
 def _time_axis(values_s: Sequence[float], title: str) -> alt.Y:
@@ -54,9 +53,9 @@ def _time_axis(values_s: Sequence[float], title: str) -> alt.Y:
     axis = alt.Axis(labelExpr=TIME, tickCount=5)
     scale = alt.Scale(domain=[0, top * 1.08])
     if top > 8 * low:
-        ticks = _ticks([low, top])
-        axis = alt.Axis(labelExpr=TIME, values=ticks)
-        scale = alt.Scale(type="log", domain=[ticks[0], ticks[-1]])
+        at = ticks([low, top])
+        axis = alt.Axis(labelExpr=TIME, values=at)
+        scale = alt.Scale(type="log", domain=[at[0], at[-1]])
     return alt.Y("s:Q", scale=scale, axis=axis, title=title)
 
 
@@ -100,11 +99,11 @@ def qps_latency(run: Run, answer: Answer, name: str, title: str) -> Chart:
               scale=alt.Scale(domain=[0, top * 1.2], nice=False))
     series = alt.Color("q:N", legend=None, scale=alt.Scale(
         domain=["p50", "p90"], range=[theme.BLUE, theme.LIGHT_BLUE]))
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, tooltip=[
+    base = alt.Chart(data(rows)).encode(x=x, y=y, tooltip=[
         alt.Tooltip("value:Q", title=run.axis), alt.Tooltip("q:N", title="quantile"),
         alt.Tooltip("rps:Q", title="achieved /s", format=".3g"),
         alt.Tooltip("s:Q", title="latency, s", format=".3g"), alt.Tooltip("n:Q", title="n")])
-    ends = _said(alt.Chart(_data([r for r in last.values() if r])).encode(x=x, y=y), "q", series,
+    ends = said(alt.Chart(data([r for r in last.values() if r])).encode(x=x, y=y), "q", series,
                  align="left", dx=9, fontWeight=600)
     chart: Chart = alt.layer(
         *_limit(limit, y), base.mark_line(strokeWidth=2).encode(color=series, order="value:Q"),
@@ -114,7 +113,7 @@ def qps_latency(run: Run, answer: Answer, name: str, title: str) -> Chart:
             size=55, filled=True, opacity=1).encode(color=series),
         base.transform_filter("datum.few").mark_point(
             size=50, fill=theme.PAPER, strokeWidth=1.8, opacity=1).encode(stroke=series),
-        *_said(base.transform_filter("datum.q == 'p50'"), "label", STATUS, align="left", dx=6,
+        *said(base.transform_filter("datum.q == 'p50'"), "label", STATUS, align="left", dx=6,
                dy=14), *ends).resolve_scale(color="independent", stroke="independent").properties(
             title=title, height=300)
     return chart
@@ -124,8 +123,8 @@ def _limit(limit_s: float | None, y: alt.Y) -> list[alt.Chart]:
     """A dashed rule at an SLO's limit."""
     if limit_s is None:
         return []
-    at = alt.Chart(_data([{"s": limit_s, "text": f"limit {words.limit(limit_s)}"}]))
-    return [at.mark_rule(strokeDash=[4, 4], color=theme.MUTED).encode(y=y), *_said(
+    at = alt.Chart(data([{"s": limit_s, "text": f"limit {words.limit(limit_s)}"}]))
+    return [at.mark_rule(strokeDash=[4, 4], color=theme.MUTED).encode(y=y), *said(
         at.encode(y=y, x=alt.value(0)), "text", theme.MUTED, align="left", baseline="bottom", dx=4,
         dy=-3)]
 
@@ -147,17 +146,16 @@ def throughput(run: Run, answer: Answer) -> Chart:
             for r in levels for k, what in (("achieved", "achieved"), ("goodput", "good"))]
     colour = alt.Color("what:N", legend=None, scale=alt.Scale(
         domain=list(names), range=list(names.values())))
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=colour, tooltip=[
+    base = alt.Chart(data(rows)).encode(x=x, y=y, color=colour, tooltip=[
         alt.Tooltip("value:Q", title=run.axis), "what:N", alt.Tooltip("rps:Q", format=".3g"),
         "n:Q"])
+    last = base.transform_filter(f"datum.value == {max(values)}")
     return alt.layer(
         *_knee(run, answer.knee, values), *_fitted(answer.knee, values, x, y),
-        *_safe(run, answer.knee, x),
-        base.mark_line(strokeWidth=2),
-        base.transform_filter("!datum.few").mark_point(filled=True, size=50, opacity=1),
-        base.transform_filter("datum.few").mark_point(fill=theme.PAPER, size=45, opacity=1),
-        base.transform_filter(f"datum.value == {max(values)}").mark_text(
-            align="left", dx=7, fontWeight=600).encode(text="what:N"),
+        *_safe(run, answer.knee, x), *_line(base),
+        *(last.transform_filter(f"datum.what == '{what}'").mark_text(
+            align="left", dx=7, dy=dy, fontWeight=600).encode(text="what:N")
+          for what, dy in (("achieved", -6), ("good", 7))),
     ).properties(title="Throughput, requests per second", height=280)
 
 
@@ -172,32 +170,37 @@ def latency_by_load(run: Run, answer: Answer) -> Chart:
     x, y = _load_axis(run, values), _time_axis([r["s"] for r in rows], "")
     colour = alt.Color("what:N", legend=None, scale=alt.Scale(
         domain=list(names), range=list(names.values())))
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=colour, detail="q:N", tooltip=[
+    base = alt.Chart(data(rows)).encode(x=x, y=y, color=colour, detail="q:N", tooltip=[
         alt.Tooltip("value:Q", title=run.axis), "what:N", "q:N",
         alt.Tooltip("s:Q", title="s", format=".3g"), "n:Q"])
     median, tail = (base.transform_filter(f"datum.q == '{q}'") for q in ("p50", "p90"))
     return alt.layer(
-        *_knee(run, answer.knee, values, said=False), *_safe(run, answer.knee, x),
-        tail.mark_line(strokeWidth=1.5, strokeDash=[2, 3]), median.mark_line(strokeWidth=2),
-        median.transform_filter("!datum.few").mark_point(filled=True, size=50, opacity=1),
-        median.transform_filter("datum.few").mark_point(fill=theme.PAPER, size=45, opacity=1),
+        *_knee(run, answer.knee, values, labelled=False), *_safe(run, answer.knee, x),
+        tail.mark_line(strokeWidth=1.5, strokeDash=[2, 3]), *_line(median),
         median.transform_filter(f"datum.value == {max(values)}").mark_text(
             align="left", dx=7, fontWeight=600).encode(text="what:N"),
     ).properties(title="Latency: p50 solid, p90 dotted", height=280)
 
 
+def _line(base: alt.Chart) -> list[alt.Chart]:
+    """A line with its points, hollow where there are few answers."""
+    few, many = (base.transform_filter(x) for x in ("datum.few", "!datum.few"))
+    return [base.mark_line(strokeWidth=2), many.mark_point(filled=True, size=50, opacity=1),
+            few.mark_point(fill=theme.PAPER, size=45, opacity=1)]
+
+
 def _knee(run: Run, knee: Knee | None, values: Sequence[float],
-          said: bool = True) -> list[alt.Chart]:
+          labelled: bool = True) -> list[alt.Chart]:
     """The knee's rule on the band of its interval."""
     if knee is None or knee.value is None:
         return []
-    at = alt.Chart(_data([{"value": knee.value, "lo": knee.lo, "hi": knee.hi, "text":
+    at = alt.Chart(data([{"value": knee.value, "lo": knee.lo, "hi": knee.hi, "text":
                            f"knee {knee.value:.0f} ({knee.lo:.0f}–{knee.hi:.0f})"}]))
     x = _load_axis(run, values)
     text = at.mark_text(align="right", baseline="top", dx=-5, dy=2, color=theme.MUTED).encode(
         x=x, y=alt.value(0), text="text:N")
     return [at.mark_rect(color="#eceff2").encode(x=_load_axis(run, values, "lo"), x2="hi:Q"),
-            at.mark_rule(color=theme.MUTED).encode(x=x), *([text] if said else [])]
+            at.mark_rule(color=theme.MUTED).encode(x=x), *([text] if labelled else [])]
 
 
 def _fitted(knee: Knee | None, values: Sequence[float], x: alt.X, y: alt.Y) -> list[alt.Chart]:
@@ -205,7 +208,7 @@ def _fitted(knee: Knee | None, values: Sequence[float], x: alt.X, y: alt.Y) -> l
         return []
     rows = [{"value": float(c), "rps": knee.fit.rps(float(c))}
             for c in np.geomspace(min(values), max(values), 60)]
-    return [alt.Chart(_data(rows)).mark_line(
+    return [alt.Chart(data(rows)).mark_line(
         strokeWidth=1.2, strokeDash=[4, 3], color=theme.MUTED).encode(x=x, y=y)]
 
 
@@ -215,7 +218,7 @@ def _safe(run: Run, knee: Knee | None, x: alt.X) -> list[alt.Chart]:
     if safe is None:
         return []
     right = knee is None or knee.value is None or safe >= knee.value
-    at = alt.Chart(_data([{"value": safe, "text": f"safe {safe:g}"}]))
+    at = alt.Chart(data([{"value": safe, "text": f"safe {safe:g}"}]))
     return [at.mark_rule(color=theme.SAFE, strokeWidth=1.5).encode(x=x),
             at.mark_text(align="left" if right else "right", baseline="top", fontWeight=600,
                          dx=5 if right else -5, dy=2 if right else 18, color=theme.SAFE).encode(
@@ -238,11 +241,11 @@ def attainment(run: Run, answer: Answer) -> Chart:
         domain=verdicts, range=[theme.SAFE, theme.UNSAFE, theme.UNRESOLVED, "#bbbbbb"]))
     shape = alt.Shape("load:N", legend=None, scale=alt.Scale(
         domain=verdicts, range=["circle", "triangle-left", "diamond", "cross"]))
-    base = alt.Chart(_data(rows)).encode(y=y, color=colour, tooltip=[
+    base = alt.Chart(data(rows)).encode(y=y, color=colour, tooltip=[
         "load:N", alt.Tooltip("share:Q", format=".1%"),
         alt.Tooltip("lo:Q", title="lower bound", format=".1%"),
         alt.Tooltip("hi:Q", title="upper bound", format=".1%")])
-    target = alt.Chart(_data([{"share": run.criteria.target, "text":
+    target = alt.Chart(data([{"share": run.criteria.target, "text":
                                f"target {100 * run.criteria.target:g} %"}])).encode(x=x)
     return alt.layer(
         base.mark_rule(strokeWidth=4, opacity=0.4).encode(x=lo, x2="hi:Q"),
@@ -251,111 +254,6 @@ def attainment(run: Run, answer: Answer) -> Chart:
             y=alt.value(0), text="text:N"),
         base.mark_point(filled=True, size=80, opacity=1).encode(x=x, shape=shape),
     ).properties(height=25 * len(rows))
-
-
-# ---------------------------------------------------------------------------- distributions
-
-
-def ecdf(run: Run, name: str, title: str) -> Chart | None:
-    """The share of answers at or under a latency, one line per level; at most 120 steps each."""
-    rows = []
-    values = sorted({leg.value for leg, _ in run.legs})
-    for value in values:
-        x_s = np.sort(run.sample(*(leg.id for leg, _ in run.legs if leg.value == value))[
-            f"{name}_s"].dropna().to_numpy())
-        picked = np.unique(np.linspace(0, len(x_s) - 1, min(len(x_s), 120)).round().astype(int))
-        rows += [{"level": f"{value:g}", "s": float(x_s[i]), "share": (i + 1) / len(x_s)}
-                 for i in picked.tolist()] if len(x_s) else []
-    if not rows:
-        return None
-    limit = getattr(run.scenario.slo, f"{name}_s")
-    ticks = _ticks([max(r["s"], 1e-5) for r in rows] + ([limit] if limit else []))
-    x = alt.X("s:Q", title="", axis=alt.Axis(labelExpr=TIME, values=ticks),
-              scale=alt.Scale(type="log", domain=[ticks[0], ticks[-1]]))
-    y = alt.Y("share:Q", title="", axis=alt.Axis(format="%", tickCount=5))
-    colour = alt.Color("level:O", sort=[f"{v:g}" for v in values],
-                       scale=alt.Scale(scheme="viridis", reverse=True),
-                       title=words.unit(run), legend=alt.Legend(
-                           columns=8, symbolType="stroke", titleOrient="top")
-                       if len(values) > 1 else None)
-    lines = alt.Chart(_data(rows)).mark_line(interpolate="step-after", strokeWidth=1.8).encode(
-        x=x, y=y, color=colour, tooltip=["level:O", alt.Tooltip("s:Q", format=".3g"),
-                                         alt.Tooltip("share:Q", format=".1%")])
-    marks = []
-    if limit is not None:
-        at = alt.Chart(_data([{"s": limit, "text": f"limit {words.limit(limit)}"}])).encode(x=x)
-        marks = [at.mark_rule(strokeDash=[4, 4], color=theme.MUTED), *_said(
-            at.encode(y=alt.value(236)), "text", theme.MUTED, align="right", dx=-4,
-            baseline="bottom")]
-    return alt.layer(lines, *marks).properties(title=title, height=240)
-
-
-# ---------------------------------------------------------------------------------- over time
-
-
-def in_flight(run: Run) -> Chart | None:
-    """Requests in flight, and a tick for each that failed, on the legs' windows."""
-    f = run.frame
-    if f.empty:
-        return None
-    starts = np.sort(f["sent_s"].fillna(f["due_s"]).to_numpy())
-    ends = np.sort(f["end_s"].to_numpy())
-    grid = np.linspace(0, float(ends[-1]), 500)
-    n = np.searchsorted(starts, grid, "right") - np.searchsorted(ends, grid, "right")
-    failed = f[~f["outcome"].isin([x.value for x in NOT_ERRORS])]
-    x, span = _run_axis(run)
-    y = alt.Y("n:Q", title="", axis=alt.Axis(tickCount=5, tickMinStep=1),
-              scale=alt.Scale(domain=[0, max(1, int(n.max())) * 1.15], nice=False))
-    lines = alt.Chart(_data([{"s": float(t), "n": int(k)} for t, k in
-                             zip(grid, n, strict=True)])).mark_line(
-        interpolate="step-after", color=theme.BLUE, strokeWidth=1.5).encode(x=x, y=y)
-    ticks = alt.Chart(_data([{"s": t, "n": 0, "outcome": o} for t, o in zip(
-        failed["end_s"][:1000], failed["outcome"][:1000], strict=True)])).mark_tick(
-        orient="vertical", color=theme.UNSAFE, height=14, thickness=1.5, opacity=0.7).encode(
-            x=x, y=alt.value(192), tooltip=["outcome:N", alt.Tooltip("s:Q", format=".1f")])
-    return alt.layer(*_legs(run, x, span, named=True), lines,
-                     *([ticks] if len(failed) else [])).properties(
-        title="Requests in flight", height=200)
-
-
-def over_time(run: Run, source: str, name: str, title: str, factor: float,
-              top: float | None = None) -> Chart | None:
-    """A telemetry series times `factor`, on the legs' windows; None if there is none."""
-    points = [((t - run.t0_ns) / 1e9, v * factor)
-              for t, v in run.telemetry.get(source, {}).get(name, ())]
-    if not points or not run.legs:
-        return None
-    points = points[:: max(1, len(points) // 500)]
-    x, span = _run_axis(run)
-    y = alt.Y("v:Q", title="", axis=alt.Axis(tickCount=4), scale=alt.Scale(
-        domain=[0, top]) if top else alt.Scale(zero=True))
-    line = alt.Chart(_data([{"s": t, "v": v} for t, v in points if span[0] <= t <= span[1]]))
-    return alt.layer(*_legs(run, x, span), line.mark_line(
-        color=theme.BLUE, strokeWidth=1.5, interpolate="step-after").encode(x=x, y=y)).properties(
-            title=title, height=120)
-
-
-def _run_axis(run: Run) -> tuple[alt.X, tuple[float, float]]:
-    span = (0.0, max((w.end_ns - run.t0_ns) / 1e9 for _, w in run.legs))
-    return alt.X("s:Q", title="Seconds since the start", axis=alt.Axis(grid=False, tickCount=6),
-                 scale=alt.Scale(domain=span, nice=False)), span
-
-
-def _legs(run: Run, x: alt.X, span: tuple[float, float], named: bool = False) -> list[alt.Chart]:
-    """Each leg's measured window in blue on its warm-up and drain in grey."""
-    rows = []
-    for leg, w in run.legs:
-        for kind, a, b in (("around", w.t0_ns, w.end_ns), ("measured", w.from_ns, w.to_ns)):
-            rows.append({"s": (a - run.t0_ns) / 1e9, "to": min((b - run.t0_ns) / 1e9, span[1]),
-                         "kind": kind, "label": f"{leg.value:g}" if kind == "measured" else ""})
-    base = alt.Chart(_data(rows)).encode(x=x)
-    shade = [base.transform_filter(f"datum.kind == '{kind}'").mark_rect(
-        color=colour, opacity=1).encode(x2="to:Q")
-        for kind, colour in (("around", theme.UNMEASURED), ("measured", theme.MEASURED))]
-    text = base.transform_filter("datum.label != ''").mark_text(
-        align="left", baseline="top", dx=2, dy=3, color=theme.MUTED, fontSize=10).encode(
-            y=alt.value(0), text="label:N")
-    return [*shade, *([text] if named else [])]
 
 
 # ------------------------------------------------------------------------------------- outputs

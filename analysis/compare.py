@@ -84,7 +84,7 @@ def _figures(base: pd.DataFrame, new: pd.DataFrame) -> Iterator[
 
 
 def _median(x: Floats) -> Floats:
-    return np.median(x, axis=-1)  # type: ignore[no-any-return]
+    return np.median(x, axis=-1)
 
 
 def _mean(x: Floats) -> Floats:

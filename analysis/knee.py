@@ -132,7 +132,9 @@ def _fit(c: Floats, x: Floats, window_s: Floats) -> Fit:
     for _ in range(8):
         denominator = c / model
         weight = 1 / (denominator * np.sqrt(model / window_s))
-        (a, b, d), _ = nnls(basis * (x * weight)[:, None], c * weight)
+        rows = basis * (x * weight)[:, None]
+        size = np.linalg.norm(rows, axis=0) + 1e-300  # columns of one size: c² is up to 10⁵
+        a, b, d = nnls(rows / size, c * weight)[0] / size
         if a + b <= 0:
             break
         model = c / (basis @ np.array([a, b, d]))

@@ -13,10 +13,10 @@ import msgspec
 import pandas as pd
 from altair.utils import schemapi
 
-from analysis import charts, frame, steps, theme, words
+from analysis import charts, frame, steps, theme, timeline, words
 from analysis.charts import Chart
 from analysis.frame import Run
-from analysis.steps import duration, number
+from analysis.steps import duration, number, percent
 from analysis.words import Answer
 from loadgen import metrics
 
@@ -102,7 +102,7 @@ def _head(run: Run, answer: Answer) -> Iterator[str]:
                     "</small></dd></div>" for name, value, note in _keys(run, answer))
     yield f'<dl class="keys">{tiles}</dl>' if tiles else ""
     if run.torn:
-        yield (f'<p class="muted">{run.torn} torn line{"s" * (run.torn != 1)} in the journals '
+        yield (f'<p class="muted torn">{run.torn} torn line{"s" * (run.torn != 1)} in the journals '
                "(a crash) passed over.</p>")
 
 
@@ -132,7 +132,8 @@ def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
         at = "" if run.is_run else f" at {shown:g}"
         yield f"Goodput{at}", f"{number(r['goodput_rps'])}/s", f"of {r['offered_rps']:.3g}/s due"
         yield (f"Met the SLO{at}", f"{r['good']} of {r['n']}",
-               f"at least {number(r['lower_frac'], '.1%')} with {c.confidence:.0%} confidence")
+               f"at least {percent(r['lower_frac'], down=True)}, with {percent(c.confidence)} "
+               "confidence")
         yield (f"TTFT{at}", duration(r["ttft_p50_s"]), f"median; p90 {duration(r['ttft_p90_s'])}")
         yield (f"TPOT{at}", duration(r["tpot_p50_s"]), f"median; p90 {duration(r['tpot_p90_s'])}")
     if knee is not None and knee.peak_rps is not None:
@@ -165,7 +166,7 @@ def _level_charts(run: Run, answer: Answer, drawn: list[Chart]) -> Iterator[str]
         drawn, charts.latency_by_load(run, answer)) + "</div>"
     yield "<h2>Attainment of the SLO</h2>"
     yield ('<p class="muted">Share of requests that met every limit, with one-sided '
-           f"{run.criteria.confidence:.0%} bounds; left the level and how many of how many. "
+           f"{percent(run.criteria.confidence)} bounds; left the level and how many of how many. "
            + " ".join(SWATCH.format(c, t) for c, t in (
                    (theme.SAFE, "safe"), (theme.UNSAFE, "unsafe"),
                    (theme.UNRESOLVED, "unresolved: too few to tell"))) + "</p>")
@@ -177,14 +178,14 @@ def _run_charts(run: Run, drawn: list[Chart]) -> Iterator[str]:
         return
     yield "<h2>Distributions</h2>"
     yield '<p class="muted">Share of answers at or under a latency, all of a level’s legs.</p>'
-    yield '<div class="pair">' + "".join(_figure(drawn, charts.ecdf(run, *x)) for x in (
+    yield '<div class="pair">' + "".join(_figure(drawn, timeline.ecdf(run, *x)) for x in (
         ("ttft", "Time to first token"), ("tpot", "Time per output token"))) + "</div>"
     yield "<h2>Over time</h2>"
     yield '<p class="muted">' + " ".join(SWATCH.format(c, t) for c, t in (
         (theme.MEASURED, "measured window, with its level"),
         (theme.UNMEASURED, "warm-up and drain"), (theme.UNSAFE, "failed requests"))) + "</p>"
-    yield _figure(drawn, charts.in_flight(run))
-    yield '<div class="pair">' + "".join(_figure(drawn, charts.over_time(run, *x)) for x in (
+    yield _figure(drawn, timeline.in_flight(run))
+    yield '<div class="pair">' + "".join(_figure(drawn, timeline.over_time(run, *x)) for x in (
         ("gpu", "memory_used_bytes", "GPU memory in use, GiB", 1 / steps.GIB),
         ("server", "kv_frac", "KV cache in use, %", 100.0, 100.0),
         ("server", "waiting", "Requests waiting at the server", 1.0),
@@ -237,14 +238,14 @@ def _tables(run: Run, answer: Answer) -> Iterator[str]:
 
 
 MORE = ("TTFT max", "ITL p99", "prompt tok/s", "running", "waiting", "preemptions", "prefix hits",
-        "GPU memory", "GPU busy", "why")
+        "GPU GiB", "GPU busy", "why")
 
 
 def _more(r: Mapping[Any, Any]) -> list[str]:
     return [duration(r["ttft_max_s"]), duration(r["itl_p99_s"]), number(r["prompt_tok_s"], ".0f"),
             number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
-            number(r["prefix_hit_frac"], ".0%"), number(r["gpu_memory_peak_gib"], ".1f") + " GiB",
-            number(r["gpu_util_frac"], ".0%"), r["reasons"]]
+            percent(r["prefix_hit_frac"]), number(r["gpu_memory_peak_gib"], ".1f"),
+            percent(r["gpu_util_frac"]), r["reasons"]]
 
 
 def _classes(run: Run) -> Iterator[list[str]]:

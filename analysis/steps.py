@@ -13,8 +13,10 @@ from analysis.frame import Floats, Run
 from loadgen import metrics
 from loadgen.judge import Judgement
 from loadgen.leg import Leg, Window
+from loadgen.record import Outcome
 
 GIB = 2**30
+NONE = np.empty(0)
 TAILS = (0.9, 0.99)  # printed only where n ≥ metrics.min_n
 
 
@@ -67,20 +69,34 @@ def _latencies(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
     ids = [j.leg for j in legs]
     sample, out = run.sample(*ids), {}
     for name in ("ttft", "ttft_service", "tpot", "e2e"):
-        out.update(distribution(name, sample[f"{name}_s"].dropna().to_numpy()))
+        out.update(distribution(name, sample[f"{name}_s"].dropna().to_numpy(),
+                                cut_off(sample, name)))
     return {**out, **distribution("itl", run.gaps_s(*ids))}
 
 
-def distribution(name: str, values_s: Floats) -> dict[str, object]:
-    """n, mean, median, tails where n has them, maximum; medians stand at any n."""
-    def at(q: float) -> float | None:
-        found = metrics.quantile(values_s, q)
-        return found.value if found and (q == 0.5 or found.n >= metrics.min_n(q)) else None
+def cut_off(sample: pd.DataFrame, name: str) -> Floats:
+    """Ages of the answers that we cancelled before they had the value `name`, s: it would have
+    been larger, and leaving them out would be an average of survivors."""
+    if name == "tpot":  # the age bounds a time since the start, not one per token
+        return NONE
+    f = sample[(sample["outcome"] == Outcome.CANCELLED.value) & sample[f"{name}_s"].isna()]
+    since = f["sent_s"] if name == "ttft_service" else f["due_s"]
+    return np.asarray((f["end_s"] - since).dropna(), float)
 
-    n = len(values_s)
-    return {f"{name}_n": n, f"{name}_mean_s": float(values_s.mean()) if n else None,
+
+def distribution(name: str, values_s: Floats, cut_off_s: Floats = NONE) -> dict[str, object]:
+    """n (with those cut off), mean and maximum of what is known, median, and tails where n has
+    them; medians stand at any n."""
+    n = len(values_s) + len(cut_off_s)
+
+    def at(q: float) -> float | None:
+        found = metrics.quantile(values_s, q, cut_off_s)
+        return found.value if found and (q == 0.5 or n >= metrics.min_n(q)) else None
+
+    known = len(values_s) > 0
+    return {f"{name}_n": n, f"{name}_mean_s": float(values_s.mean()) if known else None,
             **{f"{name}_p{100 * q:.0f}_s": at(q) for q in (0.5, *TAILS)},
-            f"{name}_max_s": float(values_s.max()) if n else None}
+            f"{name}_max_s": float(values_s.max()) if known else None}
 
 
 def _tokens(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
@@ -126,21 +142,27 @@ def number(value: float | None, spec: str = ".3g") -> str:
     return "–" if value is None or np.isnan(value) else format(value, spec)
 
 
+def percent(value: float | None, down: bool = False) -> str:
+    """A share in percent, to 0.1; a lower bound is rounded down."""
+    if value is None or np.isnan(value):
+        return "–"
+    return f"{int(1000 * value + 1e-9) / 10 if down else round(1000 * value) / 10:g} %"
+
+
 def cells(r: Mapping[Any, Any]) -> list[str]:
     """A row of `table` as people read it, in the order of HEADS."""
     return [
         str(r["leg"]), number(r["n"], ".0f"),
+        f"{percent(r['attainment_frac'])} (≥ {percent(r['lower_frac'], down=True)})",
+        str(r["load"]), str(r["measurement"]),
         *(number(r[x]) for x in ("offered_rps", "achieved_rps", "goodput_rps")),
-        f"{number(r['attainment_frac'], '.1%')} (≥ {number(r['lower_frac'], '.1%')})",
         *(f"{duration(r[f'{x}_p50_s'])} / {duration(r[f'{x}_p90_s'])}"
           for x in ("ttft", "tpot", "e2e")),
-        number(r["output_tok_s"], ".0f"), number(r["error_frac"], ".1%"),
-        number(r["kv_max_frac"], ".0%"), str(r["load"]), str(r["measurement"])]
+        number(r["output_tok_s"], ".0f"), percent(r["error_frac"]), percent(r["kv_max_frac"])]
 
 
-HEADS = ("leg", "n", "offered/s", "achieved/s", "goodput/s", "attainment", "TTFT p50 / p90",
-         "TPOT p50 / p90", "E2E p50 / p90", "output tok/s", "errors", "KV max", "load",
-         "measurement")
+HEADS = ("leg", "n", "attainment", "load", "measurement", "offered/s", "achieved/s", "goodput/s",
+         "TTFT p50 / p90", "TPOT p50 / p90", "E2E p50 / p90", "output tok/s", "errors", "KV max")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,10 +41,9 @@ h3 { font-size: 15px; margin: 28px 0 6px; }
 .badge.full { background: var(--tone); color: #fff; }
 .safe, .valid { --tone: var(--safe); } .unsafe, .invalid { --tone: var(--unsafe); }
 .unresolved, .suspect, .note { --tone: var(--unresolved); } .suspect { --tone: #8a6100; }
-.keys { display: grid; grid-template-columns: repeat(4, 1fr); gap: 1px;
-  background: var(--rule); border: 1px solid var(--rule); border-radius: 4px; margin: 20px 0 0;
-  overflow: hidden; }
-.keys div { background: #fff; padding: 14px 18px; }
+.keys { display: grid; grid-template-columns: repeat(4, 1fr); margin: 20px 0 12px;
+  border: 1px solid var(--rule); border-width: 1px 0 0 1px; }
+.keys div { padding: 14px 18px; border: 1px solid var(--rule); border-width: 0 1px 1px 0; }
 .keys dt { color: var(--muted); font-size: 13px; }
 .keys dd { margin: 0; font-size: 24px; font-weight: 600; letter-spacing: -.01em;
   font-variant-numeric: tabular-nums; }
@@ -68,7 +67,7 @@ th { color: var(--muted); font-weight: 500; background: var(--wash); vertical-al
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff;
   font-weight: 600; }
 th:first-child { background: var(--wash); }
-td.text { text-align: left; white-space: normal; min-width: 460px; overflow-wrap: anywhere; }
+td.text { text-align: left; white-space: normal; min-width: 620px; overflow-wrap: anywhere; }
 td.safe, td.unsafe, td.invalid, td.suspect { color: var(--tone); font-weight: 600; }
 .findings { list-style: none; padding: 0; margin: 12px 0; }
 .findings li { border-left: 3px solid var(--tone); padding: 2px 0 2px 14px; margin: 0 0 14px; }

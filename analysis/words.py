@@ -11,6 +11,7 @@ from analysis import knee as knees
 from analysis import steps
 from analysis.frame import Run
 from analysis.knee import Knee
+from analysis.steps import percent
 from loadgen import metrics, ramp
 from loadgen.judge import Judgement, LoadVerdict
 from loadgen.ramp import Conclusion
@@ -118,7 +119,7 @@ def _grounds(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> l
 def _unsafe(run: Run, usable: Sequence[Judgement], level: float, met: str) -> str:
     """What went wrong at an unsafe level. `met`: "met it", where the limits were just named."""
     worst = next(j for j in usable if j.value == level and j.load == "UNSAFE")
-    share = f"{_frac(worst.good / worst.n)} of {worst.n}" if worst.good else f"none of {worst.n}"
+    share = f"{percent(worst.good / worst.n)} of {worst.n}" if worst.good else f"none of {worst.n}"
     broke = sorted(worst.misses.items(), key=lambda x: -x[1])[:2]
     why = " and ".join(f"{n} by {NAMES.get(k, k)}" for k, n in broke)
     only = "only " if worst.good > 0 and worst.upper < run.criteria.target else ""
@@ -140,7 +141,7 @@ def of_leg(run: Run, j: Judgement) -> Verdict:
     elif j.load == "UNSAFE":
         head = f"Not met at {where}"
         rest = [_unsafe(run, [j], j.value, f"met {slo_of(run)}"),
-                f"Asked for: {_frac(run.criteria.target)} of the requests."]
+                f"Asked for: {percent(run.criteria.target)} of the requests."]
     else:
         head = f"Unresolved at {where}"
         rest = [f"{share}; {_settle(run, j.good, j.n)}",
@@ -184,28 +185,22 @@ def _share(run: Run, good: int, n: int) -> str:
 
 
 def _at_least(run: Run, lower: float) -> str:
-    sure = _frac(run.criteria.confidence)
-    return f"with {sure} confidence at least {_frac(lower, down=True)} do."
+    sure = percent(run.criteria.confidence)
+    return f"with {sure} confidence at least {percent(lower, down=True)} do."
 
 
 def _settle(run: Run, good: int, n: int) -> str:
     target, confidence = run.criteria.target, run.criteria.confidence
-    lower = _frac(metrics.lower_bound(good, n, confidence), down=True)
+    lower = percent(metrics.lower_bound(good, n, confidence), down=True)
     bounds = (f"the true share lies between {lower} and "
-              f"{_frac(metrics.upper_bound(good, n, confidence))}")
+              f"{percent(metrics.upper_bound(good, n, confidence))}")
     miss = (n - good) / n if n else 0.0
     more = metrics.needed_n(target, miss, confidence) if miss < 1 - target else None
     if more is None:
-        return f"{bounds}; at this share no number of requests would show {_frac(target)}."
+        return f"{bounds}; at this share no number of requests would show {percent(target)}."
     missing = f"{more - n} more requests" if more > n else "a few more requests"
-    return (f"{bounds}; {missing} at this share would show {_frac(target)}: a longer run, or "
+    return (f"{bounds}; {missing} at this share would show {percent(target)}: a longer run, or "
             "more with --budget.")
-
-
-def _frac(value: float, down: bool = False) -> str:
-    """A share in percent, to 0.1; a lower bound is rounded down."""
-    tenths = int(1000 * value) / 10 if down else round(1000 * value) / 10
-    return f"{tenths:g} %"
 
 
 def _findings(findings: Sequence[Finding]) -> list[str]:

@@ -33,12 +33,16 @@ class _Duration(click.ParamType[Seconds]):
             self.fail(str(e), param, ctx)
 
 
+_WORDS = "loadgen.words"  # of the command line, as the manifest keeps them
+
+
 class _Group(click.Group):
     """Cuts the words after `--` off before click reads the rest: they are the server's."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         at = args.index("--") if "--" in args else len(args)
         ctx.obj = tuple(args[at + 1:])
+        ctx.meta[_WORDS] = list(args)
         return super().parse_args(ctx, args[:at])
 
 
@@ -255,7 +259,51 @@ def scenarios(name: str | None) -> None:
         click.echo(f"{path.stem:10} {scenario.load(str(path)).description}")
 
 
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Campaign folder. Default: runs/NAME.")
+def campaign(file: Path, out: Path | None) -> None:
+    """Run a list of sweeps and runs, one after the other; ends in one table.
+
+    Started again, it goes on with the first run that is not complete.
+
+    \b
+    loadgen campaign scenarios/campaigns/gpus.toml
+    """
+    import csv  # noqa: PLC0415
+
+    from loadgen import campaign as campaigns  # noqa: PLC0415
+
+    planned = campaigns.load(file)
+    folder = out or Path("runs") / planned.name
+    codes = []
+    for r, code in campaigns.execute(planned, folder, _invoke, click.echo):
+        codes.append(code or PASS)
+        click.echo(f"{r.name}: {'complete already' if code is None else f'exit code {code}'}")
+        if code == INTERRUPTED:
+            break
+    rows = campaigns.summaries(planned, folder)
+    with (folder / "campaign.csv").open("w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([campaigns.COLUMNS, *rows])
+    (folder / "campaign.md").write_text(campaigns.markdown(rows), encoding="utf-8")
+    click.echo("\n" + campaigns.markdown(rows))
+    raise SystemExit(next(c for c in _PRECEDENCE if c in codes))
+
+
 # -------------------------------------------------------------------------------------- inside
+
+
+_PRECEDENCE = (INTERRUPTED, USAGE, INVALID, DIED, SLO_MISSED, INCONCLUSIVE, PASS)
+
+
+def _invoke(words: list[str]) -> int:
+    """One command, to its exit code; an error is said as it would be alone."""
+    try:
+        entry(words)
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else USAGE
+    return PASS
 
 
 def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], do: Any,
@@ -273,7 +321,8 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     session = Session(
         scenario=chosen, server=_server(options, server_options, out), out=out,
         criteria=Criteria(target=options["target"]), seed=seed, model=options["model"],
-        headers=_headers(options), processes=options["processes"])
+        headers=_headers(options), processes=options["processes"],
+        command=click.get_current_context().meta[_WORDS])
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)
     raise SystemExit(code)
@@ -409,10 +458,10 @@ def _trace(path: Path, max_inflight: int) -> Trace:
     return Trace(due_s=tuple(due), max_inflight=max_inflight)
 
 
-def entry() -> None:
+def entry(words: list[str] | None = None) -> None:
     """What the `loadgen` script runs: errors for the operator in one line, no traceback."""
     try:
-        main(standalone_mode=False)
+        main(words, standalone_mode=False)
     except click.exceptions.Exit as e:
         raise SystemExit(e.exit_code) from None
     except click.ClickException as e:

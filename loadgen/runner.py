@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -49,6 +48,7 @@ class Session(Struct, frozen=True):
     model: str | None
     headers: dict[str, str]
     processes: int
+    command: list[str]  # the words after `loadgen`
     patience_s: float = PATIENCE_S
 
 
@@ -173,7 +173,7 @@ def _manifest(session: Session, target: Target, ratios: dict[str, Ratio]) -> Man
     return Manifest(
         schema=SCHEMA, run=session.out.name,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=without_secrets(["loadgen", *sys.argv[1:]]),
+        command=without_secrets(["loadgen", *session.command]),
         scenario=scenario.to_plain(session.scenario), seed=session.seed,
         target_frac=session.criteria.target, confidence=session.criteria.confidence,
         base_url=target.base_url, model=target.model, server=session.server.facts(),

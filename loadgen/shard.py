@@ -76,7 +76,7 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     outcomes: dict[str, int] = {}
     stalls: list[tuple[int, int]] = []
     lag_p99_s: float = 0.0
-    cpu_s: float = 0.0
+    cpu_frac: float | None = None  # of one core, since the leg's clock began
     last_due_ns: int = 0
     stopped_ns: int | None = None
     failed: str | None = None
@@ -101,10 +101,11 @@ class Shard:
         self.leased_ns = now_ns()
         self._lags: list[float] = []
         self._stalls: list[tuple[int, int]] = []
+        self._cpu_from: tuple[int, float] | None = None  # (ns, CPU s) when the leg's clock began
 
     def begin(self, leg: Leg, t0_ns: int) -> LegRun:
         """From here on `running` takes stop and cancel."""
-        self._lags, self._stalls = [], []
+        self._lags, self._stalls, self._cpu_from = [], [], None
         self.running = LegRun(self.work, leg, t0_ns)
         return self.running
 
@@ -130,6 +131,8 @@ class Shard:
             before = now_ns()
             await asyncio.sleep(PROBE_S)
             now = now_ns()
+            if now >= run.t0_ns and self._cpu_from is None:
+                self._cpu_from = (now, time.process_time())
             late_s = (now - before) / 1e9 - PROBE_S
             self._lags.append(late_s)
             if late_s > STALL_S:
@@ -142,13 +145,20 @@ class Shard:
                 next_frame = now + round(FRAME_S * 1e9)
                 _tell(self._frame("progress", run))
 
+    def _cpu_frac(self) -> float | None:
+        """None for less than a second: it would be the start-up's."""
+        if self._cpu_from is None or now_ns() - self._cpu_from[0] < 1_000_000_000:
+            return None
+        since_ns, cpu_s = self._cpu_from
+        return (time.process_time() - cpu_s) / ((now_ns() - since_ns) / 1e9)
+
     def _frame(self, kind: Literal["progress", "ended"], run: LegRun) -> Frame:
         lag = metrics.quantile(self._lags[-20_000:], 0.99) if kind == "ended" else None
         return Frame(kind=kind, leg=run.leg.id, t_ns=now_ns(), inflight=self.work.client.inflight,
                      done=run.done, done_good=run.done_good, complete=run.complete,
                      sampled=run.sampled, good=run.good,
                      outcomes=dict(run.outcomes), stalls=self._stalls,
-                     lag_p99_s=max(0.0, lag.value) if lag else 0.0, cpu_s=time.process_time(),
+                     lag_p99_s=max(0.0, lag.value) if lag else 0.0, cpu_frac=self._cpu_frac(),
                      last_due_ns=run.last_due_ns, stopped_ns=run.stopped_ns,
                      failed=_says(run.error))
 

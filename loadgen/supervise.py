@@ -55,7 +55,6 @@ class _Process:
                  news: asyncio.Event) -> None:
         self.index, self.process, self._news = index, process, news
         self.frame = Frame(kind="ready")
-        self.cpu_at_start_s = 0.0
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()  # the leg, or the process
         self.dead: str | None = None
@@ -140,8 +139,7 @@ class Shards:
         journal.append(LegLine(leg=leg))
         for shard in self._shards:
             shard.ended.clear()
-            shard.frame = Frame(kind="progress", cpu_s=shard.frame.cpu_s)
-            shard.cpu_at_start_s = shard.frame.cpu_s
+            shard.frame = Frame(kind="progress")
             await shard.tell(Command("leg", leg, t0_ns))
         if self._interrupts:
             self._send_all("stop")
@@ -230,12 +228,12 @@ class Shards:
         if leg.measure_s is not None and leg.num_sessions is None:
             to_ns = from_ns + round(leg.measure_s * 1e9)
         to_ns = max(from_ns, min([to_ns, end_ns, *stops]))
-        wall_s = (end_ns - t0_ns) / 1e9
-        cpu = [(s.frame.cpu_s - s.cpu_at_start_s) / wall_s for s in self._shards]
+        cpu = [f.cpu_frac for f in frames if f.cpu_frac is not None]
         return Window(
             leg=leg.id, t0_ns=t0_ns, from_ns=from_ns, to_ns=to_ns, end_ns=end_ns, ending=ending,
             stalls=sorted(x for f in frames for x in f.stalls),
-            lag_p99_s=max(f.lag_p99_s for f in frames), cpu_frac=max(cpu), note=note)
+            lag_p99_s=max(f.lag_p99_s for f in frames), cpu_frac=max(cpu, default=None),
+            note=note)
 
 
 def is_lost(leg: Leg, done: int, good: int, elapsed_s: float) -> bool:
