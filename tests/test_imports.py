@@ -1,0 +1,239 @@
+"""No arrow of the design points backwards: who may import whom, read from the sources, also from
+imports inside functions. And the command line starts at once."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HOUSE = ("loadgen", "servers", "analysis")
+
+# module of loadgen: what else of loadgen it may import. A new module is entered here first.
+ALLOWED = {
+    "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "",
+    "scenario": "errors",
+    "prompts": "scenario texts",
+    "leg": "scenario",
+    "plan": "leg prompts scenario",
+    "openai": "scenario",
+    "record": "openai sse",
+    "metrics": "record scenario",
+    "validity": "leg metrics record scenario",
+    "judge": "leg metrics record scenario validity",
+    "ramp": "judge leg metrics scenario",
+    "sweep": "judge leg ramp record scenario",
+    "store": "errors leg record scenario",
+    "client": "openai record scenario target",
+    "drive": "client leg metrics openai plan prompts record scenario store",
+    "shard": "client drive errors leg metrics prompts scenario store target",
+    "supervise": "errors leg metrics prompts scenario shard store target",
+    "telemetry.server": "store target",
+    "telemetry.signs": "judge leg store",
+    "calibrate": "client errors openai plan prompts record scenario target",
+    "doctor": "metrics",
+    "view": "judge leg supervise",
+    "runner": "calibrate judge leg prompts ramp record scenario store supervise sweep target "
+              "telemetry.server telemetry.signs view",
+    "campaign": "errors scenario store target",
+    "cli": "campaign doctor errors judge leg ramp runner scenario target view",
+    "datasets": "errors plan record scenario",
+    "validate": "errors record scenario store",
+}
+FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
+ANALYSIS_MAY = {"record", "store", "metrics", "judge", "validity", "leg", "ramp", "scenario",
+                "telemetry.signs", "errors"}
+SERVERS_MAY = {"errors", "target"}
+COMPOSERS = {"loadgen.cli", "loadgen.runner"}  # the only ones of loadgen to know the other houses
+
+PURE = {"errors", "texts", "sse", "openai", "record", "metrics", "validity", "judge", "ramp",
+        "leg", "plan", "prompts", "scenario", "target", "telemetry.signs"}
+IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
+          "secrets", "os", "aiohttp", "urllib", "http", "requests"}
+REQUESTS = {"loadgen.client", "loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the house by its dotted name."""
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+            for top in HOUSE for p in sorted((ROOT / top).rglob("*.py"))}
+
+
+MODULES = modules()
+
+
+def imports(source: str, known: Any = MODULES) -> set[str]:
+    """Full names of the modules that a source imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports are not used here"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else node.module)
+    return found
+
+
+IMPORTS = {name: imports(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def of(house: str, names: set[str]) -> set[str]:
+    """Those of `names` that lie in a house, without its name; the house itself holds nothing but
+    its version."""
+    return {n.removeprefix(f"{house}.") for n in names if n.startswith(f"{house}.")}
+
+
+def foreign(names: set[str]) -> set[str]:
+    return {n.split(".")[0] for n in names}
+
+
+# ------------------------------------------------------------------------------ the test's test
+
+
+@pytest.mark.parametrize(("source", "names"), [
+    ("import loadgen.record", {"loadgen.record"}),
+    ("import loadgen.record as r, os", {"loadgen.record", "os"}),
+    ("from loadgen import record, metrics as m", {"loadgen.record", "loadgen.metrics"}),
+    ("from loadgen import __version__", {"loadgen"}),
+    ("from loadgen.record import Outcome", {"loadgen.record"}),
+    ("from loadgen.telemetry import server", {"loadgen.telemetry.server"}),
+    ("def f():\n    if x:\n        from loadgen import cli", {"loadgen.cli"}),
+    ("class A:\n    try:\n        import locust.env\n    except E:\n        pass", {"locust.env"}),
+    ("import_loadgen = 'from loadgen import cli'", set())])
+def test_every_way_to_import_is_seen(source: Any, names: Any) -> None:
+    assert imports(source) == names
+
+
+def test_the_houses_are_found() -> None:
+    assert len(MODULES) > 40
+    assert {"loadgen.sse", "servers.sim.engine", "analysis.frame"} <= set(MODULES)
+
+
+# ---------------------------------------------------------------------------------------- arrows
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("loadgen.")])
+def test_a_module_imports_only_what_the_design_lets_it(name: Any) -> None:
+    if name == FLEET or name.startswith(f"{FLEET}."):
+        assert "cli" not in of("loadgen", IMPORTS[name])
+        return
+    short = name.removeprefix("loadgen.")
+    assert short in ALLOWED, f"{name} is new: enter it into ALLOWED, with what it may import"
+    assert of("loadgen", IMPORTS[name]) - set(ALLOWED[short].split()) == set()
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("servers.")])
+def test_a_server_knows_nothing_of_loads(name: Any) -> None:
+    assert of("loadgen", IMPORTS[name]) <= SERVERS_MAY
+    assert of("analysis", IMPORTS[name]) == set()
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("analysis.")])
+def test_the_analysis_reads_and_does_nothing_else(name: Any) -> None:
+    assert of("loadgen", IMPORTS[name]) <= ANALYSIS_MAY
+    assert of("servers", IMPORTS[name]) == set()
+
+
+def test_only_the_composers_know_the_other_houses() -> None:
+    for name, names in IMPORTS.items():
+        if name.startswith("loadgen") and name not in COMPOSERS:
+            assert foreign(names) & {"servers", "analysis"} == set(), name
+    assert foreign(IMPORTS["loadgen.runner"]) & {"analysis"} == set()
+
+
+def test_nobody_imports_the_command_line() -> None:
+    assert [n for n, names in IMPORTS.items() if "loadgen.cli" in names] == []
+
+
+def test_nothing_flows_back() -> None:
+    """The arrows that are there make no circle."""
+    left = {n: {m for m in names if m in MODULES and m != n} for n, names in IMPORTS.items()}
+    while ready := [n for n, names in left.items() if not names & set(left)]:
+        for n in ready:
+            del left[n]
+    assert left == {}
+
+
+def test_the_list_of_allowed_arrows_makes_no_circle() -> None:
+    left = {n: set(names.split()) for n, names in ALLOWED.items()}
+    while ready := [n for n, names in left.items() if not names & set(left)]:
+        for n in ready:
+            del left[n]
+    assert left == {}
+
+
+# ------------------------------------------------------------------------------------- libraries
+
+
+def test_locust_and_gevent_stay_in_the_fleet() -> None:
+    for name, names in IMPORTS.items():
+        if not name.startswith(FLEET):
+            assert foreign(names) & {"locust", "gevent"} == set(), name
+
+
+def test_the_generator_needs_no_analysis() -> None:
+    for name, names in IMPORTS.items():
+        if not name.startswith("analysis"):
+            assert foreign(names) & {"scipy", "altair", "pyarrow", "pandas", "vl_convert",
+                                     "matplotlib"} == set(), name
+
+
+def test_the_core_has_no_clock_no_socket_and_no_chance() -> None:
+    for short in PURE:
+        assert foreign(IMPORTS[f"loadgen.{short}"]) & IMPURE == set(), short
+
+
+def test_the_parser_of_streams_knows_nothing_at_all() -> None:
+    assert IMPORTS["loadgen.sse"] == set()
+
+
+def test_the_simulator_s_engine_is_pure() -> None:
+    for name in ("servers.sim.engine", "servers.sim.costs"):
+        assert foreign(IMPORTS[name]) & (IMPURE - {"random"}) == set(), name
+
+
+def test_requests_are_sent_in_few_places() -> None:
+    assert {n for n, names in IMPORTS.items()
+            if n.startswith("loadgen") and "aiohttp" in foreign(names)} <= REQUESTS
+
+
+def test_libraries_stand_among_the_dependencies() -> None:
+    """What is imported and is neither ours nor Python's is named in pyproject.toml."""
+    given = (ROOT / "pyproject.toml").read_text(encoding="utf-8").replace("-", "_")
+    named = {"vl_convert": "vl_convert_python", "prometheus_client": "prometheus_client",
+             "pynvml": "nvidia_ml_py"}
+    for name, names in IMPORTS.items():
+        for library in foreign(names) - set(HOUSE) - set(sys.stdlib_module_names):
+            assert f'"{named.get(library, library)}>=' in given, f"{name} imports {library}"
+
+
+# ----------------------------------------------------------------------------------------- start
+
+HEAVY = ["pandas", "locust", "gevent", "vllm", "scipy", "altair", "pyarrow", "aiohttp", "torch",
+         "transformers", "pynvml", "matplotlib", "analysis"]
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    script = f"import sys, loadgen.cli; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, check=True,
+                          capture_output=True, timeout=30)
+    assert done.stdout == "[]\n"
+
+
+def test_the_command_line_starts_in_half_a_second() -> None:
+    took = []
+    for _ in range(5):  # the best of five: the host may be busy
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import loadgen.cli"], cwd=ROOT, check=True,
+                       timeout=30)
+        took.append(time.monotonic() - began)
+        if took[-1] < 0.5:
+            return
+    raise AssertionError(f"import loadgen.cli took {min(took):.2f} s at best")

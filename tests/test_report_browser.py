@@ -1,0 +1,65 @@
+"""The report as a browser shows it: drawn, within the page's width, without a network."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import summary
+from tests import synthetic
+
+NEEDED = "browser" in os.environ.get("LOADGEN_TESTS_NEED", "")
+pytestmark = pytest.mark.skipif(
+    not NEEDED and not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs a browser: apt-get install chromium chromium-driver")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("run") / "run"
+    synthetic.write(folder)
+    summary.finish(folder)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                 "--no-first-run", "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    driver.set_page_load_timeout(120)
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_report_fits_its_window_and_draws_every_chart(browser: Any, report: Path,
+                                                          width: int) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
+    browser.get(report.as_uri())
+    charts = "return [...document.querySelectorAll('figure > div')].map(c => {" \
+             " const s = c.querySelector('svg, canvas');" \
+             " return s ? s.getBoundingClientRect().width : 0 })"
+    WebDriverWait(browser, 60).until(lambda b: (w := b.execute_script(charts)) and all(w))
+    widths = browser.execute_script(charts)
+    assert len(widths) >= 8
+    assert max(widths) <= width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert [x for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [x for x in loaded if x.startswith("http")] == []
