@@ -149,13 +149,14 @@ def throughput(run: Run, answer: Answer) -> Chart:
     base = alt.Chart(data(rows)).encode(x=x, y=y, color=colour, tooltip=[
         alt.Tooltip("value:Q", title=run.axis), "what:N", alt.Tooltip("rps:Q", format=".3g"),
         "n:Q"])
+    close = abs(rows[-1]["rps"] - rows[-2]["rps"]) < 0.07 * top  # their names would overlap
     last = base.transform_filter(f"datum.value == {max(values)}")
     return alt.layer(
         *_knee(run, answer.knee, values), *_fitted(answer.knee, values, x, y),
         *_safe(run, answer.knee, x), *_line(base),
         *(last.transform_filter(f"datum.what == '{what}'").mark_text(
             align="left", dx=7, dy=dy, fontWeight=600).encode(text="what:N")
-          for what, dy in (("achieved", -6), ("good", 7))),
+          for what, dy in (("achieved", -6 * close), ("good", 7 * close))),
     ).properties(title="Throughput, requests per second", height=280)
 
 
@@ -271,7 +272,8 @@ def png(left: Chart, right: Chart, title: str) -> bytes:
     import vl_convert  # noqa: PLC0415
 
     both = alt.hconcat(left.properties(width=480), right.properties(width=480),
-                       spacing=40).properties(title=alt.Title(title, fontSize=15))
+                       spacing=40).resolve_scale(color="independent").properties(
+                           title=alt.Title(title, fontSize=15))
     data: bytes = vl_convert.vegalite_to_png(spec(both), vl_version=version(), scale=2)
     return data
 

@@ -137,7 +137,9 @@ def _fit(c: Floats, x: Floats, window_s: Floats) -> Fit:
         a, b, d = nnls(rows / size, c * weight)[0] / size
         if a + b <= 0:
             break
-        model = c / (basis @ np.array([a, b, d]))
+        before, model = model, c / (basis @ np.array([a, b, d]))
+        if np.allclose(before, model, rtol=1e-5):
+            break
     one = max(float(a + b), 1e-12)  # D(1) = 1/λ
     return Fit(lam=1 / one, sigma=float(b) / one, kappa=float(d) / one)
 

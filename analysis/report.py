@@ -1,11 +1,14 @@
 """report.html: one file that needs no network, and PNGs of its two main charts."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from html import escape
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,17 @@ from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from analysis.words import Answer
 from loadgen import metrics
+from loadgen.errors import StoreError
 
 SWATCH = '<span class="key"><i style="background:{}"></i>{}</span>'
+VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
 
 
 def write(run: Run) -> Path:
     """Writes report.html and, for several levels, qps_latency.png and throughput.png into the
     run's folder; returns the page's path. Raises StoreError."""
-    # bundling takes a second or two, outside the GIL; checking each datum against Vega-Lite's
-    # schema takes another, and the tests do it
+    # the bundle is made outside the GIL; checking each datum against Vega-Lite's schema takes a
+    # second, and the tests do it
     with ThreadPoolExecutor(1) as beside, schemapi.debug_mode(False):
         library = beside.submit(_library)
         answer = words.answer(run)
@@ -38,19 +43,31 @@ def write(run: Run) -> Path:
         page = _page(run.manifest.model, body, specs, library.result())
     path = run.folder.write("report.html", page.encode())
     if len(answer.levels) > 1:
-        title = f"{run.manifest.model}: {answer.verdict.headline}"
+        label = " (simulated)" if run.simulated else ""
+        title = f"{run.manifest.model}{label}: {answer.verdict.headline}"
         for name, pair in (("qps_latency.png", drawn[:2]), ("throughput.png", drawn[2:4])):
             run.folder.write(name, charts.png(pair[0], pair[1], title))
     return path
 
 
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script."""
+    """Vega, Vega-Lite and Vega-Embed as one script. Bundling them takes seconds, so the bundle of
+    these releases is kept in the user's cache, where it can be."""
     import vl_convert  # noqa: PLC0415
 
+    name = f"vega-{charts.version()}-{metadata.version('vl-convert-python')}.js"
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loadgen" / name
+    with suppress(OSError):
+        return kept.read_text(encoding="utf-8")
     bundle: str = vl_convert.javascript_bundle(  # type: ignore[call-arg]
         vl_version=charts.version())
-    return bundle.replace("</script", r"<\/script")
+    bundle = bundle.replace("</script", r"<\/script")
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        temporary.write_text(bundle, encoding="utf-8")
+        temporary.replace(kept)
+    return bundle
 
 
 def _page(title: str, body: str, specs: Sequence[dict[str, Any]], library: str) -> str:
@@ -91,12 +108,11 @@ def _head(run: Run, answer: Answer) -> Iterator[str]:
     about = [m.model, str(m.server.get("kind", "")), f"mix {run.scenario.name}",
              run.scenario.description, m.created, f"run {m.run}"]
     yield f'<p class="about">{escape(" · ".join(x for x in about if x))}</p>'
-    badges = [f'<span class="badge full">{v.load}</span>',
-              f'<span class="badge {v.measurement.lower()}">{v.measurement}</span>']
-    if run.simulated:
-        badges.append('<span class="badge note">SIMULATED SERVER</span>')
+    badges = [("full", v.load), (v.measurement.lower(), v.measurement),
+              *([("note", "SIMULATED SERVER")] if run.simulated else [])]
+    marks = "".join(f'<span class="badge {kind}">{said}</span>' for kind, said in badges)
     text = "".join(f"<p>{_unbroken(escape(x))}</p>" for x in v.sentences)
-    yield (f'<section class="verdict {v.load.lower()}">{"".join(badges)}'
+    yield (f'<section class="verdict {v.load.lower()}">{marks}'
            f"<h1>{escape(v.headline)}</h1>{text}</section>")
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}"
                     "</small></dd></div>" for name, value, note in _keys(run, answer))
@@ -112,7 +128,8 @@ def _unbroken(text: str) -> str:
 
 
 def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
-    """The figures that people quote: name, value, note."""
+    """The figures that people quote: name, value, note. Of the safe level, all legs together;
+    the proof is the confirmation's alone."""
     if not run.legs:
         return
     c, knee = run.conclusion, answer.knee
@@ -126,14 +143,13 @@ def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
         yield ("Knee", "–" if knee.value is None else f"{knee.value:.0f}",
                "not identified" if knee.lo is None or knee.hi is None
                else f"{knee.lo:.0f}–{knee.hi:.0f} at 95 %")
-    if shown is not None:
-        legs = [r for r in answer.steps.to_dict("records") if r["value"] == shown]
-        r = next((x for x in legs if x["phase"] == "confirm"), legs[0])
+    for r in (x for x in answer.levels.to_dict("records") if x["value"] == shown):
+        good, n, lower = ((r["good"], r["n"], r["lower_frac"]) if run.is_run or c.proof is None
+                          else (c.proof.good, c.proof.n, c.proof.lower))
         at = "" if run.is_run else f" at {shown:g}"
         yield f"Goodput{at}", f"{number(r['goodput_rps'])}/s", f"of {r['offered_rps']:.3g}/s due"
-        yield (f"Met the SLO{at}", f"{r['good']} of {r['n']}",
-               f"at least {percent(r['lower_frac'], down=True)}, with {percent(c.confidence)} "
-               "confidence")
+        yield (f"Met the SLO{at}", f"{good} of {n}", f"at least {percent(lower, down=True)}, "
+               f"with {percent(c.confidence)} confidence")
         yield (f"TTFT{at}", duration(r["ttft_p50_s"]), f"median; p90 {duration(r['ttft_p90_s'])}")
         yield (f"TPOT{at}", duration(r["tpot_p50_s"]), f"median; p90 {duration(r['tpot_p90_s'])}")
     if knee is not None and knee.peak_rps is not None:
@@ -207,20 +223,19 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
             "</tbody></table></div>")
 
 
-VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
-
-
 def _tables(run: Run, answer: Answer) -> Iterator[str]:
     if not run.legs:
         return
     rows = answer.steps.to_dict("records")
     yield "<h2>All legs</h2>"
     yield ('<p class="muted">A p90 stands only where there are '
-           f"{charts.FEW} values or more. In brackets the lower bound.</p>")
+           f"{charts.FEW} values or more. In brackets the lower bound. The "
+           "table scrolls sideways.</p>")
     yield _table((*steps.HEADS, *MORE), ([*steps.cells(r), *_more(r)] for r in rows))
-    yield "<h2>By class</h2>"
-    yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
-                  "output tokens p50"), _classes(run))
+    if len(run.frame):
+        yield "<h2>By class</h2>"
+        yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
+                      "output tokens p50"), _classes(run))
     missed = [j for j in run.judgements if j.misses]
     if missed:
         reasons = sorted({x for j in missed for x in j.misses})
@@ -253,27 +268,36 @@ def _classes(run: Run) -> Iterator[list[str]]:
     f = run.frame[run.frame["in_window"] & ~run.frame["void"]]
     for (cls, value), own in f.groupby(["cls", "value"]):
         yield [str(cls), f"{value:g}", str(len(own)), f"{int(own['good'].sum())} of {len(own)}",
-               *(duration(own[f"{x}_s"].median()) for x in ("ttft", "tpot", "e2e")),
-               number(own["output_tok"].median(), ".0f")]
+               *(duration(_median(own[f"{x}_s"])) for x in ("ttft", "tpot", "e2e")),
+               number(_median(own["output_tok"]), ".0f")]
+
+
+def _median(values: "pd.Series[float]") -> float | None:
+    found = metrics.quantile(values.dropna(), 0.5)
+    return found.value if found else None
 
 
 def _ends(run: Run) -> Iterator[str]:
     found = [(j.leg, f) for j in run.judgements for f in j.findings]
     yield "<h2>Findings on the measurement</h2>"
-    yield ('<ul class="findings">' + "".join(
-        f'<li class="{f.verdict.lower()}"><strong>{f.verdict}</strong> · {escape(leg)} · '
-        f'{escape(f.says)}<br><span class="muted">{escape(f.remedy)}</span></li>'
-        for leg, f in found) + "</ul>") if found else (
-        '<p class="muted">None: the generator was not the limit.</p>' if run.legs else "")
+    items = "".join(f'<li class="{f.verdict.lower()}"><strong>{f.verdict}</strong> · {escape(leg)} '
+                    f'· {escape(f.says)}<br><span class="muted">{escape(f.remedy)}</span></li>'
+                    for leg, f in found)
+    yield (f'<ul class="findings">{items}</ul>' if found else
+           '<p class="muted">None: the generator was not the limit.</p>' if run.legs else "")
     yield "<h2>Terms</h2>"
     yield '<dl class="terms">' + "".join(
         f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in metrics.TERMS.items()) + "</dl>"
     manifest = msgspec.json.format(msgspec.json.encode(run.manifest)).decode()
-    yield (f"<details><summary>Manifest</summary><pre>{escape(manifest)}</pre></details>")
+    yield f"<details><summary>Manifest</summary><pre>{escape(manifest)}</pre></details>"
 
 
 def main() -> None:
-    print(write(frame.open_run(frame.parser("Writes the report of a run.").parse_args())))
+    run = frame.open_run(frame.parser("Writes the report of a run.").parse_args())
+    try:
+        print(write(run))
+    except StoreError as e:
+        raise SystemExit(f"error: {e}") from None
 
 
 if __name__ == "__main__":

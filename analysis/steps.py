@@ -40,7 +40,8 @@ def _leg_row(run: Run, i: int) -> dict[str, object]:
     (leg, window), j, signs = run.legs[i], run.judgements[i], run.signs[i]
     return {
         "leg": leg.id, "phase": leg.phase, "value": leg.value, "ending": window.ending,
-        **_counts(run, [j]), **_latencies(run, [j]), **_tokens(run, [j]),
+        **_counts(run, [j]), **_latencies(run, [j]),
+        **distribution("itl", run.gaps_s(leg.id)), **_tokens(run, [j]),
         "outcomes": ", ".join(f"{k} {n}" for k, n in sorted(j.outcomes.items())),
         "misses": ", ".join(f"{k} {n}" for k, n in sorted(j.misses.items())),
         "running_mean": signs.running_mean, "waiting_mean": signs.waiting_mean,
@@ -71,7 +72,7 @@ def _latencies(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
     for name in ("ttft", "ttft_service", "tpot", "e2e"):
         out.update(distribution(name, sample[f"{name}_s"].dropna().to_numpy(),
                                 cut_off(sample, name)))
-    return {**out, **distribution("itl", run.gaps_s(*ids))}
+    return out
 
 
 def cut_off(sample: pd.DataFrame, name: str) -> Floats:

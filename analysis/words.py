@@ -66,8 +66,8 @@ def of_sweep(run: Run, conclusion: Conclusion, knee: Knee) -> Verdict:
     usable = [j for j in run.judgements if j.measurement != "INVALID" or j.died]
     last = run.judgements[-1]
     if conclusion.load == "UNRESOLVED" and last.measurement == "INVALID" and not last.died:
-        return Verdict("UNRESOLVED", "INVALID", "No verdict: the load generator was the limit, "
-                       "not the server", _findings(last.findings))
+        return Verdict("UNRESOLVED", "INVALID", f"No verdict: {_generator(run)}",
+                       _findings(last.findings))
     sentences = _grounds(run, conclusion, usable)
     if conclusion.unsafe is not None:
         met = "met it" if sentences else f"met {slo_of(run)}"
@@ -134,8 +134,8 @@ def of_leg(run: Run, j: Judgement) -> Verdict:
     where = load_of(run, j.value)
     share = _share(run, j.good, j.n)
     if j.measurement == "INVALID" and not j.died:
-        return Verdict("UNRESOLVED", "INVALID", f"No verdict at {where}: the load generator was "
-                       "the limit, not the server", [*_findings(j.findings), f"{share}."])
+        return Verdict("UNRESOLVED", "INVALID", f"No verdict at {where}: {_generator(run)}",
+                       [*_findings(j.findings), f"{share}."])
     if j.load == "SAFE":
         head, rest = f"Met at {where}", [share + "; " + _at_least(run, j.lower)]
     elif j.load == "UNSAFE":
@@ -181,12 +181,17 @@ def limit(value_s: float) -> str:
 
 
 def _share(run: Run, good: int, n: int) -> str:
-    return f"{good} of {n} met {slo_of(run)}" if n else "no request was due in the window"
+    return f"{good} of {n} met {slo_of(run)}" if n else "No request was due in the window"
 
 
 def _at_least(run: Run, lower: float) -> str:
     sure = percent(run.criteria.confidence)
     return f"with {sure} confidence at least {percent(lower, down=True)} do."
+
+
+def _generator(run: Run) -> str:
+    return ("the load generator failed" if run.legs[-1][1].ending == "failed" else
+            "the load generator was the limit, not the server")
 
 
 def _settle(run: Run, good: int, n: int) -> str:

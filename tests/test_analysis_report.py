@@ -8,9 +8,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import synthetic
+from msgspec import structs
+from synthetic import S
 
 from analysis import charts, frame, report, summary, timeline, words
 from analysis.frame import Run
+from loadgen.leg import Window
+from loadgen.record import Outcome
 from loadgen.store import RunFolder
 
 EVIL = "<b>evil</b></script><script>alert(1)</script>"
@@ -20,7 +24,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     path = synthetic.write(tmp_path_factory.mktemp("report") / "run", errors=True, model=EVIL)
-    return summary.finish(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
+        run = summary.finish(path)
+        kept = report._library()  # from the cache
+    assert kept in (path / "report.html").read_text(encoding="utf-8")
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +130,20 @@ def test_report_of_a_lesser_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     page = report.write(frame.load(path)).read_text(encoding="utf-8")
     assert has in page
     assert has_not not in page
+
+
+def test_report_of_an_invalid_run_quotes_no_figures(tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_library", str)
+    leg = synthetic.leg(4, "ladder", 10.0, 0.0)
+    dropped = [structs.replace(synthetic.answer_of(leg, 100 * S + k * S, 0.5, seq=k),
+                               outcome=Outcome.DROPPED, error="EMFILE") for k in range(9)]
+    window = Window(leg.id, 100 * S, 100 * S, 110 * S, 111 * S, "done")
+    path = synthetic.write_plain(tmp_path / "run", synthetic.Plain([(leg, window)], dropped),
+                                 command=["loadgen", "run"])
+    page = report.write(frame.load(path)).read_text(encoding="utf-8")
+    assert "Goodput" not in page
+    assert "raise max_inflight" in page  # the finding's remedy
 
 
 def test_finish_without_report_writes_no_page(tmp_path: Path) -> None:

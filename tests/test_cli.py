@@ -406,7 +406,7 @@ def test_a_port_in_use_is_exit_4_in_the_logs_words(tmp_path: Path) -> None:
         taken.listen(16)
         port = str(taken.getsockname()[1])
         said = loadgen("run", "smoke", "--num-prompts", "3", "--", "--port", port, cwd=tmp_path,
-                       timeout=25)
+                       timeout=15)
     assert said.code == DIED
     assert_is_for_the_operator(said)
     assert "Address already in use" in said.err
@@ -418,7 +418,7 @@ def test_another_server_on_the_port_is_not_loaded(tmp_path: Path) -> None:
         async with RawServer(lambda _: plain(), get=ONE_MODEL) as server:
             said = await asyncio.to_thread(
                 loadgen, "run", "smoke", "--num-prompts", "2000", "--", "--port",
-                str(server.port), cwd=tmp_path, timeout=25)
+                str(server.port), cwd=tmp_path, timeout=15)
             assert said.code == DIED, said.all
             assert "Traceback" not in said.all
             assert "Address already in use" in said.all
@@ -428,7 +428,7 @@ def test_another_server_on_the_port_is_not_loaded(tmp_path: Path) -> None:
 
 def test_port_0_is_any_free_port(tmp_path: Path) -> None:
     said = loadgen("run", "smoke", "--num-prompts", "3", "--no-report", "--", "--port", "0",
-                   "--speed", "20", cwd=tmp_path, timeout=25)
+                   "--speed", "20", cwd=tmp_path, timeout=15)
     assert said.code in (cli.PASS, cli.INCONCLUSIVE), said.all
 
 
@@ -647,7 +647,8 @@ def test_a_report_of_torn_journals_is_made_of_what_is_whole(
     journal = tmp_path / "r" / torn
     journal.write_bytes(journal.read_bytes()[:-20])
     said = called("report", "r", "--no-html")
-    assert said.code in range(6)
+    # without its end, the leg is one that broke off
+    assert said.code == (cli.INTERRUPTED if torn == "legs.jsonl" else cli.INCONCLUSIVE)
     assert "Traceback" not in said.all
     assert json.loads((tmp_path / "r" / "summary.json").read_bytes())["torn_lines"] == 1
 
@@ -667,7 +668,7 @@ def test_lines_for_people_are_not_broken_when_they_go_to_a_file(tmp_path: Path) 
             assert process.returncode == DIED, out + err
             stopped = [x for x in out.splitlines() if x.startswith("Stopped: ")]
             assert len(stopped) == 1
-            assert f"127.0.0.1:{server.port}" in stopped[0]
+            assert f"Connect call failed ('127.0.0.1', {server.port})" in stopped[0]
     asyncio.run(test())
 
 

@@ -185,6 +185,26 @@ def _the_window(folder: Path) -> Window:
     return window
 
 
+def test_the_cpu_of_the_first_leg_is_that_of_the_leg(tmp_path: Path) -> None:
+    """What a generator process needs to come up is no load on its core: a short first leg must
+    not be INVALID for it."""
+    async def test() -> None:
+        async with (RawServer(lambda _: slow()) as server,
+                    shards(tmp_path, server) as one):
+            before_s = _cpu_s(children()[0])
+            window = await one.run(leg(Closed(concurrency=1), n=5), nobody_died, unseen)
+            used_s = _cpu_s(children()[0]) - before_s
+            said_s = (window.cpu_frac or 0.0) * (window.end_ns - window.t0_ns) / S
+            assert said_s <= used_s + 0.1  # the clock of /proc ticks every 10 ms
+    run(test())
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time that a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 # ------------------------------------------------------------------------------------ interrupts
 
 

@@ -80,7 +80,7 @@ def test_kv_is_full_above_95_percent(values: Any, full: Any) -> None:
 
 @pytest.mark.parametrize(("points", "grew"), [
     ({5: 1, 9.5: 3, 10.5: 4, 19.5: 9, 20.5: 11, 30: 99}, 8),  # from just before to just after
-    ({10: 3, 15: 4, 20: 9, 21: 50}, 6),  # on the edges
+    ({5: 1, 10: 3, 15: 4, 20: 9, 21: 50}, 6),  # on the edges
     ({12: 3, 15: 4, 18: 9}, 6),  # only inside: what is known
     ({15: 4}, 0), ({5: 4, 30: 4}, 0), ({5: 90, 30: 4}, 0)])  # the last: it was started again
 def test_counters_are_differenced_over_the_window(points: Any, grew: Any) -> None:

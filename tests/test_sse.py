@@ -112,6 +112,8 @@ RULES = {
     "a second byte order mark is no mark": (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\n", []),
     "line endings in a mix": (b"data: a\r\n\rdata: b\n\r\ndata: c\r\rdata: d\n\n",
                               [b"a", b"b", b"c", b"d"]),
+    "data lines that end in CRLF": (b"data: a\r\ndata: b\r\n\r\ndata: c\r\n\r\n", [b"a\nb", b"c"]),
+    "data lines that end in CR": (b"data: a\rdata: b\r\rdata: c\r\r", [b"a\nb", b"c"]),
     "a colon in the data": (b"data: a: b\n\n", [b"a: b"]),
     "torn last event": (b"data: a\n\ndata: b\n", [b"a"]),
     "torn last line": (b"data: a\n\ndata: b", [b"a"]),
