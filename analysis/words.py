@@ -101,8 +101,7 @@ def _grounds(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> l
         return [_share(run, proof.good, proof.n) + "; " + _at_least(run, proof.lower)]
     if conclusion.load == "UNSAFE":
         return []
-    levels = sorted({j.value for j in usable})
-    level = proof.value if proof else ramp.candidate(usable, levels, run.criteria)
+    level = proof.value if proof else ramp.candidate(usable, run.criteria)
     if level is None:
         return ["No level could be judged."]
     here = [j for j in usable if j.value == level]

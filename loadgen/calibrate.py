@@ -74,14 +74,20 @@ async def ratios(target: Target, scenario: Scenario, seed: int) -> dict[str, Rat
             texts = _texts(c, seed, -(-SAMPLES // len(scenario.classes)))
             counts = await _tokenized(target, scenario, texts)
             if counts:
-                found[c.name] = prompts.fit(counts, "tokenize")
+                found[c.name] = _plausible(prompts.fit(counts, "tokenize"), c)
                 continue
             texts = texts[:: -(-len(texts) // PROBES)]
             answers = [await _ask(client, scenario, c, text, 1) for text in texts]
             counts = [(len(t), r.prompt_tok) for t, r in zip(texts, answers, strict=True)
                       if r.prompt_tok]
-            found[c.name] = prompts.fit(counts, "usage") if counts else prompts.guess(c)
+            found[c.name] = (_plausible(prompts.fit(counts, "usage"), c) if counts
+                             else prompts.guess(c))
     return found
+
+
+def _plausible(ratio: Ratio, c: RequestClass) -> Ratio:
+    """The guess, where a server's counts make no sense (the same usage whatever the prompt)."""
+    return ratio if 0.2 <= ratio.chars_per_tok <= 20 else prompts.guess(c)
 
 
 def _texts(c: RequestClass, seed: int, n: int) -> list[str]:

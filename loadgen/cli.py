@@ -15,7 +15,7 @@ from loadgen.errors import GeneratorError, LoadgenError, ScenarioError, ServerEr
 from loadgen.judge import Criteria
 from loadgen.leg import Leg
 from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, Slo, Trace
-from loadgen.target import Target, base_of
+from loadgen.target import base_of, target_of
 
 PASS, SLO_MISSED, USAGE, INVALID, DIED, INCONCLUSIVE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 _EXIT = {ScenarioError: USAGE, ServerError: DIED, StoreError: INVALID, GeneratorError: INVALID}
@@ -175,7 +175,7 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
 
         return runner.run_leg(session, Leg(
             id="run", axis="concurrency" if isinstance(load, Closed) else "rate",
-            value=round(float(value), 6), phase="ladder", replicate=0, seed=session.seed,
+            value=round(float(value), 6), phase="run", replicate=0, seed=session.seed,
             load=load, warmup_s=float(warmup_s),
             measure_s=None if duration_s is None else float(duration_s),
             num_sessions=options["num_prompts"]), view)
@@ -380,7 +380,7 @@ def _server(options: dict[str, Any], server_options: Sequence[str], out: Path) -
         if server_options or options["server"]:
             raise click.UsageError("--base-url names a server that runs already: neither "
                                    "--server nor options after `--` can apply to it")
-        return RemoteServer(Target(base_of(options["base_url"]), options["model"] or ""))
+        return RemoteServer(target_of(options["base_url"], options["model"] or ""))
     from servers.sim.launch import SimServer  # noqa: PLC0415
 
     return SimServer(server_options, out / "server.log")

@@ -47,7 +47,9 @@ class LegRun:
         self.stopped_ns: int | None = None
         self.last_due_ns = t0_ns
         self.done = self.done_good = self.sampled = self.good = 0
-        self._awaited = 0  # measured requests in flight
+        self._awaited = 0  # measured requests that were started and have not ended
+        self._pending: dict[object, int] = {}  # due instants that somebody sleeps to
+        self._unborn: dict[asyncio.Task[None], Shot] = {}  # tasks that have not begun to run
         self.outcomes: Counter[str] = Counter()
         self._from_ns = t0_ns + round(leg.warmup_s * 1e9)
         self._to_ns = (None if leg.measure_s is None or leg.num_sessions is not None
@@ -58,9 +60,11 @@ class LegRun:
     async def run(self) -> None:
         """To the end of the last request. Cancelled requests end as CANCELLED records."""
         load = self.leg.load
-        builder = asyncio.create_task(self._prepared.fill())
-        connections = (len(self._slots(load)) if isinstance(load, Closed) else 16)
-        await self.work.client.open_connections(min(connections, 512))
+        connections = len(self._slots(load)) if isinstance(load, Closed) else 16
+        helpers = [asyncio.create_task(self._prepared.fill()), asyncio.create_task(
+            self.work.client.open_connections(min(connections, 512)))]
+        # connections that will not open must not hold up the load
+        await asyncio.wait(helpers[1:], timeout=max(0.0, (self.t0_ns - now_ns()) / 1e9))
         if isinstance(load, Closed):
             for slot in self._slots(load):
                 self._fly(self._slot(slot, load.concurrency))
@@ -68,13 +72,16 @@ class LegRun:
             self._fly(self._schedule(load.max_inflight))
         while self.flights:
             await asyncio.wait(self.flights)
-        builder.cancel()
+        for helper in helpers:
+            helper.cancel()
 
     @property
     def complete(self) -> bool:
         """The measured window is over and all of its requests have ended. Load goes on until
         then: what is measured last must not be served by a server that empties."""
-        return self._to_ns is not None and now_ns() >= self._to_ns and not self._awaited
+        if self._to_ns is None or now_ns() < self._to_ns or self._awaited:
+            return False
+        return all(due_ns >= self._to_ns for due_ns in self._pending.values())
 
     def stop(self) -> None:
         """No new requests; those in flight go on."""
@@ -92,13 +99,16 @@ class LegRun:
     def _slots(self, load: Closed) -> range:
         return range(self.work.shard, load.concurrency, self.work.of)
 
-    def _fly(self, doing: Coroutine[Any, Any, None]) -> None:
+    def _fly(self, doing: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         flight = asyncio.create_task(doing)
         self.flights.add(flight)
         flight.add_done_callback(self._landed)
+        return flight
 
     def _landed(self, flight: asyncio.Task[None]) -> None:
         self.flights.discard(flight)
+        if (unborn := self._unborn.pop(flight, None)) is not None:  # cancelled before it began
+            self._count(_not_sent(unborn, Outcome.CANCELLED, None))
         if not flight.cancelled() and (error := flight.exception()) is not None:
             self.error = self.error or error
             self.cancel()
@@ -116,7 +126,7 @@ class LegRun:
                 due_ns += round(planned.turns[turn].think_s * 1e9)
                 if not await self._wait_until(due_ns):
                     return
-                await self._send(planned, turn, body, due_ns)
+                await self._send(self._shot(planned, turn, body, due_ns))
                 due_ns = now_ns()
 
     async def _schedule(self, max_inflight: int) -> None:
@@ -126,38 +136,45 @@ class LegRun:
             due_ns = self.t0_ns + round((planned.due_s or 0.0) * 1e9)
             if not await self._wait_until(due_ns):
                 return
-            if self.work.client.inflight >= max_inflight:
-                shot = self._shot(planned, 0, bodies[0], due_ns)
-                self._count(RequestRecord(
-                    leg=shot.leg, shard=shot.shard, seq=shot.seq, session=shot.session,
-                    turn=shot.turn, cls=shot.cls, due_ns=due_ns, end_ns=now_ns(),
-                    outcome=Outcome.DROPPED, error=f"max_inflight of {max_inflight} reached"))
+            shot = self._shot(planned, 0, bodies[0], due_ns)
+            if len(self.flights) > max_inflight:  # this schedule is one of them
+                self._count(_not_sent(shot, Outcome.DROPPED,
+                                      f"max_inflight of {max_inflight} reached"))
             else:
-                self._fly(self._turns(planned, bodies, due_ns))
+                self._awaited += self._measures(due_ns)
+                self._unborn[self._fly(self._turns(planned, bodies, shot))] = shot
 
-    async def _turns(self, planned: plan.Session, bodies: list[bytes], due_ns: int) -> None:
-        for turn, body in enumerate(bodies):
-            due_ns += round(planned.turns[turn].think_s * 1e9)
-            if turn and not await self._wait_until(due_ns):
+    async def _turns(self, planned: plan.Session, bodies: list[bytes], first: Shot) -> None:
+        flight = asyncio.current_task()
+        assert flight is not None
+        del self._unborn[flight]
+        self._awaited -= self._measures(first.due_ns)
+        await self._send(first)
+        for turn, body in enumerate(bodies[1:], 1):
+            due_ns = now_ns() + round(planned.turns[turn].think_s * 1e9)
+            if not await self._wait_until(due_ns):
                 return
-            await self._send(planned, turn, body, due_ns)
-            due_ns = now_ns()
+            await self._send(self._shot(planned, turn, body, due_ns))
 
     async def _wait_until(self, due_ns: int) -> bool:
         """False if the leg was stopped before the instant came."""
         wait_s = (due_ns - now_ns()) / 1e9
         if wait_s > 0 and not self.stopping.is_set():
+            me = object()
+            self._pending[me] = due_ns
             try:
                 async with asyncio.timeout(wait_s):
                     await self.stopping.wait()
             except TimeoutError:
                 pass
+            finally:
+                del self._pending[me]
         return not self.stopping.is_set()
 
-    async def _send(self, planned: plan.Session, turn: int, body: bytes, due_ns: int) -> None:
-        measured = self._measures(due_ns)
+    async def _send(self, shot: Shot) -> None:
+        measured = self._measures(shot.due_ns)
         self._awaited += measured
-        record = await self.work.client.send(self._shot(planned, turn, body, due_ns))
+        record = await self.work.client.send(shot)
         self._awaited -= measured
         self._count(record)
 
@@ -190,6 +207,13 @@ class LegRun:
         if self._measures(record.due_ns):
             self.sampled += 1
             self.good += good
+
+
+def _not_sent(shot: Shot, outcome: Outcome, why: str | None) -> RequestRecord:
+    return RequestRecord(
+        leg=shot.leg, shard=shot.shard, seq=shot.seq, session=shot.session, turn=shot.turn,
+        cls=shot.cls, due_ns=shot.due_ns, end_ns=now_ns(), outcome=outcome, error=why,
+        want_prompt_tok=shot.want_prompt_tok, max_tokens=shot.max_tokens)
 
 
 class _Lookahead:

@@ -103,17 +103,18 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     classes = {c: (sum(not w for r, w in zip(sample, why, strict=True) if r.cls == c),
                    sum(r.cls == c for r in sample)) for c in slos}
     lower = metrics.lower_bound(good, n, criteria.confidence)
-    sure = criteria.confidence if leg.phase == "confirm" else criteria.refute
+    sure = criteria.refute if leg.phase == "ladder" else criteria.confidence
     upper = metrics.upper_bound(good, n, sure)
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
     findings = validity.check(leg, window, sample, signs.late_step_frac)
     distress = _distress(signs, n)
+    each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()
-               if m and metrics.upper_bound(g, m, sure) < criteria.target]
+               if m and metrics.upper_bound(g, m, each) < criteria.target]
     load: LoadVerdict = "UNRESOLVED"
-    if distress or upper < criteria.target:
+    if distress or refuted or upper < criteria.target:
         load = "UNSAFE"
-    elif lower >= criteria.target and not refuted:
+    elif lower >= criteria.target:
         load = "SAFE"
     window_s = max(window.to_ns - window.from_ns, 1) / 1e9
     shares = [(metrics.share_inside(r, window.from_ns, window.to_ns), r) for r in records]
@@ -153,7 +154,8 @@ def _distress(signs: ServerSigns, n: int) -> list[str]:
         found.append(f"{signs.preemptions:.0f} preemptions for {n} requests: the KV cache is "
                      "too small for this load")
     if signs.kv_full_frac is not None and signs.kv_full_frac > KV_FULL_FRAC:
-        found.append(f"KV cache over {KV_FULL:.0%} full in {signs.kv_full_frac:.0%} of samples")
+        found.append(f"KV cache over {100 * KV_FULL:g} % full in {100 * signs.kv_full_frac:.0f} % "
+                     "of samples")
     return found
 
 
@@ -163,11 +165,12 @@ def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Crite
     if n == 0:
         return ["no request was due in the window"]
     if load == "UNSAFE" and upper < criteria.target:
-        return [f"{share}: surely less than {criteria.target:.0%}"]
-    if load == "UNRESOLVED" and refuted:
-        return [f"{share}, but class {', '.join(refuted)} surely less than {criteria.target:.0%}"]
+        return [f"{share}: surely less than {100 * criteria.target:g} %"]
+    if refuted:
+        return [f"{share}, but of class {', '.join(refuted)} surely less than "
+                f"{100 * criteria.target:g} %"]
     if load == "UNRESOLVED":
         more = metrics.needed_n(criteria.target, (n - good) / n, criteria.confidence)
         hint = f"; {more - n} more at this share would" if more and more > n else ""
-        return [f"{share}: too few to show {criteria.target:.0%}{hint}"]
+        return [f"{share}: too few to show {100 * criteria.target:g} %{hint}"]
     return [share]

@@ -8,7 +8,7 @@ from msgspec import Struct
 from loadgen.scenario import Load
 
 Axis = Literal["concurrency", "rate"]
-Phase = Literal["ladder", "refine", "reference", "confirm", "soak", "overload"]
+Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "overload"]
 Ending = Literal["done", "cut", "interrupted", "server_died", "failed"]
 
 

@@ -6,6 +6,7 @@ arrays NaN.
 
 import math
 from collections.abc import Callable, Iterable
+from statistics import NormalDist
 from typing import TypeVar
 
 import numpy as np
@@ -203,13 +204,17 @@ def _solve(rising: Callable[[float], float]) -> float:
 
 
 def needed_n(target: float, miss_frac: float, confidence: float = 0.95) -> int | None:
-    """About how many requests it takes to show attainment ≥ target if a share `miss_frac` misses
-    (at most 2 % more than needed); None if it takes over 20,000, or the target is missed."""
-    if 1 - miss_frac <= target:
+    """How many requests it takes to show attainment ≥ target if a share `miss_frac` misses; to
+    2 %, beyond some thousands by the normal approximation. None if the target is missed."""
+    share = 1 - miss_frac
+    if share <= target:
         return None
-    n = 1
-    while n < 20_000:
+    least = math.ceil(math.log(1 - confidence) / math.log(target))
+    z = NormalDist().inv_cdf(confidence)
+    about = math.ceil(z**2 * share * miss_frac / (share - target) ** 2)
+    n = max(least, about // 2)
+    while n < 5000:
         if lower_bound(n - math.ceil(miss_frac * n), n, confidence) >= target:
             return n
         n += max(1, n // 50)
-    return None
+    return max(n, about)

@@ -55,7 +55,7 @@ class _Delta(Struct):
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[msgspec.Raw] | None = None
-    function_call: msgspec.Raw | None = None
+    function_call: Any = None
 
 
 class _Choice(Struct):

@@ -63,6 +63,9 @@ def sessions(scenario: Scenario, leg: Leg, shard: int = 0, of: int = 1) -> Itera
     `num_sessions`, because a leg's load is held until its last measured request has ended."""
     limit = leg.num_sessions
     if isinstance(leg.load, Closed):
+        of = min(of, leg.load.concurrency)  # a shard without a slot has no stripe either
+        if shard >= of:
+            return
         for k in itertools.count(shard, of) if limit is None else range(shard, limit, of):
             yield session(scenario, leg.seed, k, None)
         return
@@ -126,6 +129,7 @@ def prompt(cls: RequestClass, planned: Session, turn: int, seed: int, ratio: Rat
 
 
 def nonce(seed: int, k: int, turn: int) -> str:
-    """Eight letters and digits that no other request of any run has (40 bits)."""
+    """Eight letters and digits, of 40 bits: another request hardly ever has them, and a prompt's
+    text differs besides."""
     digest = hashlib.blake2b(f"{seed}/{k}/{turn}".encode(), digest_size=5).digest()
     return np.base_repr(int.from_bytes(digest, "big"), 36).lower().rjust(8, "0")

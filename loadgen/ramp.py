@@ -25,6 +25,8 @@ StopReason = Literal["CONFIRMED", "NO_SAFE_LEVEL", "BUDGET", "GENERATOR_LIMIT", 
 ERROR_STOP = 0.05
 GAIN_STOP = 0.05
 MAX_RESTARTS = 2
+MAX_CONFIRMS = 2  # of one level without a result
+LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
 PROOF_N = 300  # requests that prove 0.95 at 95 % with up to 8 misses (2.7 %)
 MIN_LEG_S = 7.0
 KNEE_WARMUP = 0.45  # of an answer: a level past the first lost one is only for the knee
@@ -81,7 +83,8 @@ def step(state: State, event: Event, spent_s: float) -> tuple[State, Action]:
     if isinstance(event, Judgement):
         state = msgspec.structs.replace(state, history=(*state.history, event))
         if event.died:
-            if not state.plan.can_restart or state.restarts == MAX_RESTARTS:
+            nothing_left = candidate(state.history, state.plan.criteria) is None
+            if not state.plan.can_restart or state.restarts == MAX_RESTARTS or nothing_left:
                 return state, Stop("SERVER_DIED", f"{event.leg}: {event.reasons[0]}")
             state = msgspec.structs.replace(state, restarts=state.restarts + 1)
             return state, Restart(event.reasons[0])
@@ -97,15 +100,14 @@ def _decide(state: State, spent_s: float) -> Action:
         return _again(state)
     tested = [j for j in history if j.measurement != "INVALID" or j.died]
     above = [x for x in plan.levels if not tested or x > max(j.value for j in tested)]
-    if above and not any(j.phase == "confirm" for j in tested) and _goes_up(plan, tested, spent_s):
-        measure_s = max(MIN_LEG_S, min(LEG_OF_E2E * _answer_s(plan, tested, above[0]),
-                                       LEG_OF_BUDGET * plan.budget_s))
-        return RunLeg(_leg(state, above[0], "ladder", measure_s, tested))
-    level = candidate(tested, plan.levels, plan.criteria)
-    if level is None:
+    level = candidate(tested, plan.criteria)
+    if tested and level is None:
         return Stop("NO_SAFE_LEVEL", f"even {plan.levels[0]:g} is not safe")
-    proven = pooled(tested, level, plan.criteria)
-    if proven is not None and proven.load == "SAFE":
+    if above and not any(j.phase == "confirm" for j in tested) and _goes_up(
+            plan, tested, above[0], spent_s):
+        return RunLeg(_leg(state, above[0], "ladder", _ladder_s(plan, tested, above[0]), tested))
+    assert level is not None
+    if status(tested, level, plan.criteria) == "SAFE":
         return Stop("CONFIRMED", f"{level:g} is confirmed")
     proof_s = _proof_s(tested, level, plan.budget_s - spent_s)
     if proof_s is None:
@@ -120,30 +122,37 @@ def _again(state: State) -> Action:
     tries = sum(j.value == last.value and j.phase == last.phase and j.measurement == "INVALID"
                 for j in state.history)
     if tries > 1:
-        return Stop("GENERATOR_LIMIT", f"{last.value:g} could not be measured: "
-                    f"{last.findings[0].says}; {last.findings[0].remedy}")
+        why = next(f for f in last.findings if f.verdict == "INVALID")
+        return Stop("GENERATOR_LIMIT",
+                    f"{last.value:g} could not be measured: {why.says}; {why.remedy}")
     valid = [j for j in state.history if j.measurement != "INVALID"]
     phase: Phase = "confirm" if last.phase == "confirm" else "ladder"
     return RunLeg(_leg(state, last.value, phase, last.window_s, valid))
 
 
-def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], spent_s: float) -> bool:
+def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], above: float, spent_s: float) -> bool:
+    """The next level is worth its time, and what it leaves still pays for a confirmation."""
     if not tested:
         return True
     last = tested[-1]
     if last.died or last.error_lower > ERROR_STOP:
         return False
-    if last.load == "UNSAFE":
-        before = tested[-2].achieved_rps if len(tested) > 1 else 0.0
-        if last.achieved_rps < (1 + GAIN_STOP) * before:
-            return False
-        # the knee may wait: what is left must pay for a confirmation below. A lost level takes
-        # its warm-up and a little more
-        above = next(x for x in plan.levels if x > last.value)
-        cost_s = _answer_s(plan, tested, above) + MIN_LEG_S
-        proof_s = min(PROOF_N / max(before, 0.1), plan.budget_s / 3)
-        return plan.budget_s - spent_s > cost_s + proof_s
-    return True
+    before = tested[-2].achieved_rps if len(tested) > 1 else 0.0
+    if last.load == "UNSAFE" and last.achieved_rps < (1 + GAIN_STOP) * before:
+        return False
+    answer_s = _answer_s(plan, tested, above)
+    cost_s = answer_s + MIN_LEG_S  # a lost level takes its warm-up and a little more
+    if last.load != "UNSAFE":
+        cost_s = 2 * answer_s + _ladder_s(plan, tested, above)
+    known_rps = before if last.load == "UNSAFE" else last.achieved_rps
+    proof_s = min(PROOF_N / max(known_rps, 0.1), plan.budget_s / 3) + answer_s
+    return plan.budget_s - spent_s > cost_s + proof_s
+
+
+def _ladder_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> float:
+    """How long a level of the ladder is measured, s."""
+    return max(MIN_LEG_S, min(LEG_OF_E2E * _answer_s(plan, tested, value),
+                              LEG_OF_BUDGET * plan.budget_s))
 
 
 def _answer_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> float:
@@ -161,9 +170,10 @@ def _proof_s(tested: Sequence[Judgement], level: float, left_s: float) -> float 
     """How long to confirm `level`, s; None if the rest of the budget cannot hold it."""
     here = [j for j in tested if j.value == level]
     answer_s = max((j.answer_s or 1.0 for j in here), default=1.0)
-    wanted_s = PROOF_N / max(0.01, *(j.achieved_rps for j in here))
+    least_s = max(MIN_LEG_S, LEG_OF_E2E * answer_s)
+    wanted_s = max(least_s, PROOF_N / max(0.01, *(j.achieved_rps for j in here)))
     room_s = left_s - 2.5 * answer_s  # warm-up, and the last answers
-    return min(wanted_s, room_s) if room_s >= min(wanted_s, 15.0) else None
+    return min(wanted_s, room_s) if room_s >= max(least_s, min(wanted_s, 15.0)) else None
 
 
 def _leg(state: State, value: float, phase: Phase, measure_s: float,
@@ -228,39 +238,56 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
     load: LoadVerdict = "UNRESOLVED"
     if upper < criteria.target or any(j.load == "UNSAFE" for j in legs):
         load = "UNSAFE"
-    elif lower >= criteria.target and not any(j.refuted_classes for j in legs):
+    elif lower >= criteria.target:
         load = "SAFE"
     return Pooled(level, good, n, lower, upper, load)
 
 
-def candidate(judged: Sequence[Judgement], levels: Sequence[float],
-              criteria: Criteria) -> float | None:
-    """The largest tested level that neither it nor a lower one contradicts and whose share of
-    good requests is at the target, or one miss under it, which with so few is luck; if none is,
-    the lowest that is not contradicted."""
+def status(judged: Sequence[Judgement], level: float, criteria: Criteria) -> LoadVerdict:
+    """What all legs of a level say: UNSAFE if one of them does, or the server died at it, or its
+    confirmations taken together refute it; SAFE only by its confirmations."""
+    if any(j.load == "UNSAFE" or j.died for j in judged if j.value == level):
+        return "UNSAFE"
+    proof = pooled(judged, level, criteria)
+    return proof.load if proof is not None else "UNRESOLVED"
+
+
+def candidate(judged: Sequence[Judgement], criteria: Criteria) -> float | None:
+    """The level to confirm next: the largest that neither it nor a lower one contradicts and that
+    looks good; if none does, the lowest that is not contradicted."""
     open_levels = []
     for level in sorted({j.value for j in judged}):
-        here = [j for j in judged if j.value == level]
-        if any(j.load == "UNSAFE" or j.died for j in here):
+        if status(judged, level, criteria) == "UNSAFE":
             break
-        open_levels.append((level, here))
-    at_target = [level for level, here in open_levels
-                 if sum(j.good for j in here) + 1 >= criteria.target * sum(j.n for j in here)]
-    return max(at_target, default=open_levels[0][0] if open_levels else None)
+        open_levels.append(level)
+    good = [x for x in open_levels if _looks_good(judged, x, criteria)]
+    return max(good, default=min(open_levels, default=None))
+
+
+def _looks_good(judged: Sequence[Judgement], level: float, criteria: Criteria) -> bool:
+    """Its share of good requests is at the target, or one miss under it, which with so few is
+    luck. Confirmations, where there are any, speak alone; after two that settled nothing a lower
+    level is the better use of the time."""
+    legs = [j for j in judged if j.value == level and j.measurement != "INVALID"]
+    confirmed = [j for j in legs if j.phase == "confirm"]
+    if len(confirmed) >= MAX_CONFIRMS and status(judged, level, criteria) != "SAFE":
+        return False
+    good, n = (sum(j.good for j in confirmed or legs), sum(j.n for j in confirmed or legs))
+    return n > 0 and good / n >= criteria.target - LUCK and good + 1 >= criteria.target * n
 
 
 def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Conclusion:
     """The answer that these legs give. The same from a running sweep and from a run folder."""
     usable = [j for j in judged if j.measurement != "INVALID" or j.died]
-    unsafe = min((j.value for j in usable if j.load == "UNSAFE"), default=None)
-    proofs = [p for level in {j.value for j in usable} if (unsafe is None or level < unsafe)
-              and (p := pooled(usable, level, criteria)) is not None]
+    levels = sorted({j.value for j in usable})
+    unsafe = next((x for x in levels if status(usable, x, criteria) == "UNSAFE"), None)
+    proofs = [p for x in levels if (unsafe is None or x < unsafe)
+              and (p := pooled(usable, x, criteria)) is not None]
     best = max((p for p in proofs if p.load == "SAFE"), key=lambda p: p.value, default=None)
-    lowest = min((j.value for j in usable), default=None)
     load: LoadVerdict = "UNRESOLVED"
     if best is not None:
         load = "SAFE"
-    elif unsafe is not None and unsafe == lowest:
+    elif unsafe is not None and unsafe == levels[0]:
         load = "UNSAFE"
     shown = best or max(proofs, key=lambda p: p.value, default=None)
     return Conclusion(

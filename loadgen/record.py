@@ -162,6 +162,8 @@ class Recorder:
             return
         before = len(self._stamps_ns)
         for payload in payloads:
+            if not payload.strip():  # some proxies keep a stream alive with these
+                continue
             try:
                 self._event(now_ns, openai.read(payload, first=not self._seen_choices))
             except openai.BadEvent as e:
@@ -235,7 +237,7 @@ class Recorder:
 
     def _bad(self, why: str) -> None:
         self._say(why)
-        self.fatal = Outcome.BAD_STREAM
+        self.fatal = self.fatal or Outcome.BAD_STREAM
 
     def _say(self, why: str) -> None:
         self._error = self._error or why[:500]

@@ -5,57 +5,22 @@ where a unit belongs. In the types, the unit is in the field's name. Exclusive o
 unions: a length has a `dist`, a load has a `mode`.
 """
 
-import difflib
 import re
 import tomllib
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
 
+from loadgen.config import PerSecond as PerSecond
+from loadgen.config import Seconds as Seconds
+from loadgen.config import convert as convert
+from loadgen.config import dec_hook as dec_hook
+from loadgen.config import enc_hook as enc_hook
+from loadgen.config import nearest
+from loadgen.config import to_plain as to_plain
 from loadgen.errors import ScenarioError
-
-_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_PER_SECOND = {"s": 1.0, "min": 1 / 60, "h": 1 / 3600}
-
-
-class Seconds(float):
-    """A duration in seconds, written with a unit: "50ms", "2s", "5m"."""
-
-    @classmethod
-    def parse(cls, text: object) -> "Seconds":
-        match = re.fullmatch(r"\s*([\d.e+-]+)\s*(ms|s|min|m|h)\s*", text) if _is_str(text) else None
-        if match is None or not _is_number(match[1]):
-            raise ValueError(f"{text!r} is not a duration; write a number with its unit, as "
-                             '"50ms", "2s" or "5m"')
-        if float(match[1]) <= 0:
-            raise ValueError(f"{text!r} must be more than zero")
-        return cls(float(match[1]) * _SECONDS[match[2]])
-
-
-class PerSecond(float):
-    """A rate in requests per second, written with a unit: "20/s", "90/min"."""
-
-    @classmethod
-    def parse(cls, text: object) -> "PerSecond":
-        match = re.fullmatch(r"\s*([\d.e+-]+)\s*/\s*(s|min|h)\s*", text) if _is_str(text) else None
-        if match is None or not _is_number(match[1]):
-            raise ValueError(f'{text!r} is not a rate; write a number per time, as "20/s"')
-        if float(match[1]) <= 0:
-            raise ValueError(f"{text!r} must be more than zero")
-        return cls(float(match[1]) * _PER_SECOND[match[2]])
-
-
-def _is_str(value: object) -> typing.TypeGuard[str]:
-    return isinstance(value, str)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d\d?)?", text) is not None
-
 
 Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
 Count = Annotated[int, Meta(ge=1)]
@@ -166,7 +131,6 @@ class Trace(_Frozen, frozen=True, tag_field="mode", tag="trace"):
 
 
 Load = Closed | Open | Trace
-T = typing.TypeVar("T")
 
 
 class Scenario(_Frozen, frozen=True):
@@ -220,7 +184,7 @@ def find(name: str) -> Path:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
     known = sorted(p.stem for p in SHIPPED.glob("*.toml"))
-    raise ScenarioError(f"no scenario {name!r}{_nearest(name, known)}; shipped are: "
+    raise ScenarioError(f"no scenario {name!r}{nearest(name, known)}; shipped are: "
                         f"{', '.join(known)} (or give a path to a .toml file)")
 
 
@@ -236,7 +200,7 @@ def load(name: str) -> Scenario:
         raise ScenarioError(f"{path}: cannot be read: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ScenarioError(f"{path}: not valid TOML: {e}") from e
-    raw.setdefault("name", path.stem)
+    raw.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem)[:60])
     return parse(raw, where=str(path))
 
 
@@ -255,13 +219,17 @@ def parse(raw: object, where: str) -> Scenario:
             if isinstance(length, Uniform | Lognormal) and length.min > length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: min {length.min} is more "
                                     f"than max {length.max}; exchange them")
+            if isinstance(length, Lognormal) and not length.min <= length.median <= length.max:
+                raise ScenarioError(f"{where}: class {c.name}: {key}: median {length.median} is "
+                                    f"not between min {length.min} and max {length.max}")
         if c.shared_prefix and c.shared_prefix.tokens >= longest(c.prompt_tok):
             raise ScenarioError(f"{where}: class {c.name}: shared_prefix of "
                                 f"{c.shared_prefix.tokens} tokens leaves nothing of the prompt; "
                                 f"give it less than {longest(c.prompt_tok)}")
-    if isinstance(scenario.load, Trace) and list(scenario.load.due_s) != sorted(
-            scenario.load.due_s):
-        raise ScenarioError(f"{where}: load.due: instants must be ascending")
+    if isinstance(scenario.load, Trace):
+        due_s = list(scenario.load.due_s)
+        if not due_s or due_s != sorted(due_s):
+            raise ScenarioError(f"{where}: load.due: instants must be ascending, and at least one")
     return scenario
 
 
@@ -269,66 +237,6 @@ def longest(length: Length) -> int:
     if isinstance(length, int):
         return length
     return length.tokens if isinstance(length, Fixed) else length.max
-
-
-def convert(raw: object, into: type[T], where: str) -> T:
-    """`raw` as `into`; ScenarioError names place, key, and what is allowed."""
-    try:
-        return msgspec.convert(raw, into, dec_hook=dec_hook)
-    except msgspec.ValidationError as e:
-        text, _, at = str(e).partition(" - at ")
-        at = at.strip("`").removeprefix("$").lstrip(".")
-        unknown = re.search(r"unknown field `(.*)`", text)
-        if unknown:
-            allowed = _allowed(into, at)
-            text = (f"unknown key {unknown[1]!r}{_nearest(unknown[1], allowed)}; allowed here: "
-                    f"{', '.join(allowed)}")
-        raise ScenarioError(f"{where}: {at + ': ' if at else ''}{text}") from None
-
-
-def dec_hook(kind: type, raw: object) -> object:
-    """msgspec hook: reads the unit-carrying types."""
-    if kind is Seconds:
-        return Seconds.parse(raw)
-    if kind is PerSecond:
-        return PerSecond.parse(raw)
-    raise TypeError(f"no such type in a scenario: {kind}")
-
-
-def enc_hook(value: object) -> object:
-    """msgspec hook: writes the unit-carrying types the way they are read."""
-    if isinstance(value, Seconds):
-        return f"{float(value)!r}s"
-    if isinstance(value, PerSecond):
-        return f"{float(value)!r}/s"
-    raise TypeError(f"cannot encode {type(value)}")
-
-
-def to_plain(value: object) -> Any:
-    """`value` as plain JSON data that `convert` reads back to an equal one."""
-    return msgspec.to_builtins(value, enc_hook=enc_hook)
-
-
-def _nearest(name: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _allowed(kind: Any, at: str) -> list[str]:
-    """Keys that may stand at a msgspec path such as `classes[...].slo` below `kind`."""
-    for part in [p for p in re.sub(r"\[[^]]*\]", "", at).split(".") if p]:
-        kind = next((f.type for s in _structs(kind) for f in msgspec.structs.fields(s)
-                     if f.encode_name == part), None)
-    return sorted({f.encode_name for s in _structs(kind) for f in msgspec.structs.fields(s)})
-
-
-def _structs(kind: Any) -> list[Any]:
-    """All Struct types that an annotation mentions."""
-    if isinstance(kind, type) and issubclass(kind, Struct):
-        return [kind]
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is not None:
-        return [s for arg in typing.get_args(kind) for s in _structs(arg)]
-    return []
 
 
 def parse_slo(text: str) -> Slo:

@@ -31,9 +31,8 @@ class SseParser:
             data = data.removeprefix(b"\n")
         if self._rest or not self._started:
             self._rest += data
-            if len(self._rest) > self._max_line:
-                raise LineTooLong(f"a line of more than {self._max_line} bytes")
             if b"\n" not in data and b"\r" not in data:
+                self._check()
                 return []
             data = bytes(self._rest)
             self._rest.clear()
@@ -45,7 +44,12 @@ class SseParser:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = data.split(b"\n")
         self._rest += lines.pop()
+        self._check()
         return [event for line in lines if (event := self._line(line)) is not None]
+
+    def _check(self) -> None:
+        if len(self._rest) > self._max_line:
+            raise LineTooLong(f"a line of more than {self._max_line} bytes")
 
     def _line(self, line: bytes) -> bytes | None:
         """The payload, if this line ended an event."""

@@ -83,6 +83,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._torn = False  # the last line was written in part
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             if not _ends_whole(path):  # a crash tore the last line: do not write on its tail
@@ -92,13 +93,14 @@ class Journal:
 
     def append(self, value: Struct) -> None:
         """Raises StoreError if the line did not reach the file whole (a full disk)."""
-        line = _encoder.encode(value) + b"\n"
+        line = (b"\n" if self._torn else b"") + _encoder.encode(value) + b"\n"
         try:
             written = os.write(self._fd, line)
         except OSError as e:
             raise StoreError(f"{self.path}: {e.strerror}; records so far are kept. Free some "
                              "space and see `loadgen report`") from e
-        if written < len(line):
+        self._torn = written < len(line)
+        if self._torn:
             raise StoreError(f"{self.path}: only {written} of {len(line)} bytes could be written "
                              "(disk full?); records so far are kept")
 
@@ -166,7 +168,7 @@ class RunFolder:
             manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
         except OSError as e:
             raise StoreError(f"{self.path} is no run folder: {path.name}: {e.strerror}") from e
-        except msgspec.DecodeError as e:
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
             raise StoreError(f"{path}: {e}") from e
         if manifest.schema > SCHEMA:
             raise StoreError(f"{path}: schema {manifest.schema} is newer than this loadgen's "
@@ -227,7 +229,7 @@ class RunFolder:
     def _decode(self, line: bytes, decoder: "msgspec.json.Decoder[T]") -> T | None:
         try:
             return decoder.decode(line)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             self.torn += 1
             return None
 

@@ -1,7 +1,10 @@
 """Where requests go, and how its secrets stay out of everything that is written."""
 
+import base64
 import re
+import urllib.parse
 from collections.abc import Sequence
+from typing import Any
 
 from msgspec import Struct
 
@@ -22,7 +25,12 @@ class Target(Struct, frozen=True):
     verify_tls: bool = True
 
     def __repr__(self) -> str:
-        return f"Target({self.base_url!r}, {self.model!r}, {len(self.headers)} headers)"
+        url = _without_password(self.base_url)
+        return f"Target({url!r}, {self.model!r}, {len(self.headers)} headers)"
+
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("base_url", _without_password(self.base_url)), ("model", self.model)]
 
 
 def base_of(url: str) -> str:
@@ -30,21 +38,38 @@ def base_of(url: str) -> str:
     return re.sub(r"(/v1)?/*$", "", url.strip())
 
 
+def target_of(url: str, model: str) -> Target:
+    """The target of a URL. A user and password in it become the header that they stand for."""
+    base = base_of(url)
+    match = re.match(r"(\w+://)([^/@]*)@(.*)", base)
+    if match is None:
+        return Target(base, model)
+    basic = base64.b64encode(urllib.parse.unquote(match[2]).encode()).decode()
+    return Target(match[1] + match[3], model, {"Authorization": f"Basic {basic}"})
+
+
 def without_secrets(command: Sequence[str]) -> list[str]:
     """A command line that may be written down: values of flags that name a secret, values of
     headers, and passwords inside URLs are hidden."""
-    shown, hide = [], False
+    shown: list[str] = []
+    hide = first = False  # right after a secret flag even a word with one dash is its value
     for word in command:
         flag, eq, _ = word.partition("=")
         secret = _is_secret(flag)
-        if hide and not word.startswith("--"):
+        if hide and not word.startswith("--" if first else "-"):
             shown.append(HIDDEN)
-        elif secret and eq:
+            first = False
+            continue  # vLLM takes several keys after one flag
+        if secret and eq:
             shown.append(f"{flag}={HIDDEN}")
         else:
-            shown.append(re.sub(r"(\w+://[^/@:\s]*):[^/@\s]*@", rf"\1:{HIDDEN}@", word))
-        hide = secret and not eq
+            shown.append(_without_password(word))
+        hide = first = secret and not eq
     return shown
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(\w+://[^/@:\s]*):[^/@\s]*@", rf"\1:{HIDDEN}@", url)
 
 
 def _is_secret(flag: str) -> bool:

@@ -85,14 +85,26 @@ def _host(window: Window) -> list[Finding]:
         found.append(Finding(
             "loop-lag", "SUSPECT", f"the generator's event loop was {1000 * window.lag_p99_s:.0f} "
             "ms behind at p99: stamps carry that error", "a quieter host, or --processes"))
-    if window.stalls:
-        lost = sum(b - a for a, b in window.stalls) / 1e9
+    if stalls := _stalls(window):
+        lost = sum(b - a for a, b in stalls) / 1e9
         length = max(window.to_ns - window.from_ns, 1) / 1e9
         found.append(Finding(
             "host-stall", "INVALID" if lost > VOID_INVALID * length else "SUSPECT",
-            f"the generator's host stood still {len(window.stalls)} times, {lost:.1f} s in all; "
+            f"the generator's host stood still {len(stalls)} times, {lost:.1f} s in all; "
             "requests that lived through it are left out", "a host that is not shared"))
     return found
+
+
+def _stalls(window: Window) -> list[tuple[int, int]]:
+    """Stalls inside the measured window; what several shards saw at once is one stall."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(window.stalls):
+        a, b = max(start, window.from_ns), min(end, window.to_ns)
+        if merged and a <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+        elif a < b:
+            merged.append((a, b))
+    return merged
 
 
 def _tokens(records: Sequence[RequestRecord]) -> list[Finding]:

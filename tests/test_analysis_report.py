@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import synthetic
 from msgspec import structs
-from synthetic import S
 
 from analysis import charts, frame, report, summary, timeline, words
 from analysis.frame import Run
 from loadgen.leg import Window
 from loadgen.record import Outcome
 from loadgen.store import RunFolder
+from tests import synthetic
+from tests.synthetic import S
 
 EVIL = "<b>evil</b></script><script>alert(1)</script>"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
-from synthetic import Plain, S
 
 from analysis import frame, steps
 from analysis.frame import Run
@@ -25,6 +23,8 @@ from loadgen.leg import Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import parse_slo
 from loadgen.store import Row
+from tests import synthetic
+from tests.synthetic import Plain, S
 
 T0 = 100 * S  # run start; s below count from here
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
 from msgspec import structs
-from synthetic import Plain, S
 
 from analysis import frame, knee, words
 from analysis.knee import Fit, Level
 from loadgen.leg import Window
 from loadgen.record import Outcome
 from loadgen.scenario import parse_slo
+from tests import synthetic
+from tests.synthetic import Plain, S
 
 LADDER = (1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -19,7 +19,12 @@ from typing import NamedTuple
 
 import click
 import pytest
-from raw_server import (
+
+from loadgen import cli, runner
+from loadgen.record import Outcome
+from loadgen.store import RunFolder
+from servers.base import free_port
+from tests.raw_server import (
     DONE,
     HEAD,
     HOLD,
@@ -33,11 +38,6 @@ from raw_server import (
     token,
     whole,
 )
-
-from loadgen import cli, runner
-from loadgen.record import Outcome
-from loadgen.store import RunFolder
-from servers.base import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADGEN = [sys.executable, "-m", "loadgen.cli"]

@@ -8,7 +8,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from raw_server import (
+
+from loadgen import openai, scenario
+from loadgen.client import Client, now_ns
+from loadgen.errors import LoadgenError
+from loadgen.record import Outcome, RequestRecord, Shot
+from loadgen.scenario import Scenario
+from loadgen.target import Target
+from servers.base import free_port
+from tests.raw_server import (
     DONE,
     FIN,
     HEAD,
@@ -30,14 +38,6 @@ from raw_server import (
     usage,
     whole,
 )
-
-from loadgen import openai, scenario
-from loadgen.client import Client, now_ns
-from loadgen.errors import LoadgenError
-from loadgen.record import Outcome, RequestRecord, Shot
-from loadgen.scenario import Scenario
-from loadgen.target import Target
-from servers.base import free_port
 
 LONG = {"first_token": "15s", "stall": "15s", "total": "30s"}  # none of these is to fire
 BUSY = {"message": "The engine is currently busy and cannot accept new requests.",
@@ -282,6 +282,12 @@ def test_503_alone_and_statuses_not_named_are_http_errors() -> None:
     r = answer([whole("503 Service Unavailable", b'{"error":"backend is down"}')])
     assert (r.outcome, r.status) == (Outcome.HTTP_ERROR, 503)
     assert answer([whole("529 Overloaded", b"{}")]).outcome is Outcome.HTTP_ERROR
+
+
+def test_evidence_of_a_death_wins_over_a_wish_to_be_asked_later() -> None:
+    r = answer([whole("503 Service Unavailable", json.dumps({"error": DEAD}).encode(),
+                      retry_after="1")])
+    assert (r.outcome, r.status) == (Outcome.HTTP_ERROR, 503)
 
 
 @pytest.mark.parametrize(("status", "body", "said"), [
@@ -624,9 +630,9 @@ def test_an_answer_without_one_token_is_empty(script: Script) -> None:
 
 _NO_DESCRIPTORS = """
 import asyncio, os, resource, sys
-sys.path.insert(0, "tests")
-from test_client import made, shot
-from raw_server import RawServer, good
+sys.path.insert(0, ".")
+from tests.test_client import made, shot
+from tests.raw_server import RawServer, good
 from loadgen.client import Client
 from loadgen.target import Target
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from raw_server import DONE, HEAD, HOLD, LAST, RawServer, Script, good, token
 
 from loadgen import metrics, plan, prompts, scenario
 from loadgen.client import Client, now_ns
@@ -21,6 +20,7 @@ from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, Trace
 from loadgen.store import Journal, RunFolder
 from loadgen.target import Target
+from tests.raw_server import DONE, HEAD, HOLD, LAST, RawServer, Script, good, token
 
 S = 1_000_000_000
 MIX = scenario.parse({

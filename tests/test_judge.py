@@ -112,11 +112,11 @@ def test_target_and_confidence_are_the_operator_s() -> None:
 
 def test_reasons_say_how_many_of_how_many() -> None:
     assert of(59, 59).reasons == ["59 of 59 requests met the SLO"]
-    assert of(0, 2).reasons == ["0 of 2 requests met the SLO: surely less than 95%"]
+    assert of(0, 2).reasons == ["0 of 2 requests met the SLO: surely less than 95 %"]
     assert of(0, 0).reasons == ["no request was due in the window"]
     assert of(50, 50).reasons == [
-        "50 of 50 requests met the SLO: too few to show 95%; 9 more at this share would"]
-    assert of(18, 20).reasons == ["18 of 20 requests met the SLO: too few to show 95%"]
+        "50 of 50 requests met the SLO: too few to show 95 %; 9 more at this share would"]
+    assert of(18, 20).reasons == ["18 of 20 requests met the SLO: too few to show 95 %"]
 
 
 # ---------------------------------------------------------------------------------- denominators
@@ -236,9 +236,9 @@ def test_void_counts_only_what_was_due() -> None:
 def test_a_class_that_is_surely_missed_blocks_safe() -> None:
     j = verdict([GOOD] * 600 + [record(ttft_s=5, took_s=6, cls="b")] * 10)
     assert j.lower >= 0.95
-    assert (j.load, j.refuted_classes) == ("UNRESOLVED", ["b"])
+    assert (j.load, j.refuted_classes) == ("UNSAFE", ["b"])
     assert j.reasons == [
-        "600 of 610 requests met the SLO, but class b surely less than 95%"]
+        "600 of 610 requests met the SLO, but of class b surely less than 95 %"]
 
 
 def test_a_class_that_may_be_good_does_not() -> None:

@@ -3,12 +3,12 @@
 import json
 from typing import Any
 
-import captures
 import pytest
 
 from loadgen import openai
 from loadgen.openai import BadEvent, ServerError
 from loadgen.scenario import RequestClass, Sampling
+from tests import captures
 
 FULL = ("The engine is currently busy and cannot accept new requests. Please try again later or "
         "on a different instance.")

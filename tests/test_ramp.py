@@ -36,6 +36,7 @@ class Level:
     invalid: int = 0
     refuted: str = ""
     suspect: bool = False
+    answer_s: float | None = None  # else concurrency / rps
 
 
 class Changing(dict[float, Level]):
@@ -83,9 +84,9 @@ def judgement(leg: Leg, at: Level, n: int, died: bool = False, invalid: bool = F
     lower = metrics.lower_bound(good, n, criteria.confidence)
     refuted = ["json"] if at.refuted == leg.phase else []
     load: LoadVerdict = "UNRESOLVED"
-    if died or at.preempts or upper < criteria.target:
+    if died or at.preempts or refuted or upper < criteria.target:
         load = "UNSAFE"
-    elif lower >= criteria.target and not refuted:
+    elif lower >= criteria.target:
         load = "SAFE"
     errors = round(n * at.errors)
     reasons = ["the server died: OOM"] if died else []
@@ -120,7 +121,7 @@ def play(server: dict[float, Level] | Level, budget_s: float = 600.0, can_restar
             leg = action.leg
             at = server if isinstance(server, Level) else server[leg.value]
             runs[leg.value] = run = runs.get(leg.value, 0) + 1
-            answer_s = leg.value / at.rps if axis == "concurrency" else 1.0
+            answer_s = at.answer_s or (leg.value / at.rps if axis == "concurrency" else 1.0)
             assert leg.measure_s is not None
             played.legs.append(leg)
             played.began_s.append(played.spent_s)
@@ -270,11 +271,11 @@ def test_a_suspect_confirmation_is_a_suspect_answer() -> None:
 
 
 def test_confirmations_of_a_level_count_together() -> None:
-    p = play({**scales(8), 8: Level(rps=8, confirm=0.965)}, budget_s=3600)
+    p = play({**scales(8), 8: Level(rps=8, confirm=0.97)}, budget_s=3600)
     legs = [j for j in p.judged if j.phase == "confirm"]
     proof = p.concluded().proof
     assert len(legs) > 1
-    assert {j.load for j in legs} == {"UNRESOLVED"}
+    assert legs[0].load == "UNRESOLVED"
     assert proof is not None
     assert (proof.n, proof.good) == (sum(j.n for j in legs), sum(j.good for j in legs))
     assert (p.stop.reason, proof.load) == ("CONFIRMED", "SAFE")
@@ -282,13 +283,15 @@ def test_confirmations_of_a_level_count_together() -> None:
 
 def test_a_level_whose_confirmations_together_refute_it_is_left() -> None:
     """Each of them alone is UNRESOLVED, and the ladder's many good requests must not hide it."""
-    server = {x: Level(rps=100, confirm=0.932 if x == 8 else 1.0) for x in (1.0, 2.0, 4.0, 8.0)}
+    server = {x: Level(rps=30, confirm=0.93 if x == 8 else 1.0) for x in (1.0, 2.0, 4.0, 8.0)}
     p = play(server, levels=(1.0, 2.0, 4.0, 8.0))
-    both = ramp.pooled([j for j in p.judged if j.phase == "confirm"][:2], 8, Criteria())
-    assert both is not None
-    assert both.load == "UNSAFE"
-    end = p.concluded()
-    assert p.tried("confirm") == [8, 8, 4]
+    assert p.tried("confirm") == [8, 4]
+    once = next(j for j in p.judged if j.value == 8 and j.phase == "confirm")
+    assert once.load == "UNRESOLVED"
+    twice = [*p.judged, once]
+    assert ramp.status(p.judged, 8, Criteria()) == "UNRESOLVED"
+    assert ramp.status(twice, 8, Criteria()) == "UNSAFE"
+    end = ramp.conclude(twice, "concurrency", Criteria())
     assert (p.stop.reason, end.safe, end.unsafe) == ("CONFIRMED", 4, 8)
 
 
@@ -297,6 +300,15 @@ def test_a_level_at_which_a_class_is_refuted_is_left() -> None:
     p = play(scales(8) | {8: Level(rps=8, refuted="confirm")})
     assert p.tried("confirm") == [8, 4]
     assert (p.stop.reason, p.concluded().safe) == ("CONFIRMED", 4)
+
+
+@pytest.mark.parametrize("rps", [0.05, 0.15])
+def test_a_level_that_answered_nothing_good_is_not_chosen(rps: Any) -> None:
+    """No request, or one that missed, is no reason to prefer a level to the good one below."""
+    p = play(scales(64) | {64: Level(good=0.0, rps=rps, answer_s=60)})
+    top = next(j for j in p.judged if j.value == 64)
+    assert (top.n, top.good, top.load) == (int(7 * rps), 0, "UNRESOLVED")
+    assert (p.tried("confirm"), p.stop.reason, p.concluded().safe) == ([32], "CONFIRMED", 32)
 
 
 def test_a_confirmation_is_not_shorter_than_the_leg_that_chose_it() -> None:
@@ -341,9 +353,9 @@ def test_a_server_that_dies_again_and_again_ends_the_sweep() -> None:
     assert p.tried("confirm") == [64, 32, 16]
 
 
-def test_a_death_at_the_first_level_is_no_safe_level() -> None:
+def test_after_a_death_at_the_first_level_nothing_is_restarted() -> None:
     p = play(Level(dies=9))
-    assert p.stop.reason == "NO_SAFE_LEVEL"
+    assert (p.stop.reason, p.restarts) == ("SERVER_DIED", 0)
     assert (p.concluded().load, p.concluded().unsafe) == ("UNSAFE", 1)
 
 
@@ -410,9 +422,10 @@ def test_a_budget_too_small_for_a_proof_is_said() -> None:
     assert (p.concluded().load, p.concluded().safe) == ("UNRESOLVED", None)
 
 
-def test_a_proof_that_does_not_come_ends_with_the_budget() -> None:
+def test_a_proof_that_does_not_come_is_given_up_for_a_lower_level() -> None:
     p = play(scales(8) | {8: Level(rps=8, confirm=0.951)})
-    assert p.stop.reason == "BUDGET"
+    assert p.tried("confirm") == [8, 8, 4]
+    assert (p.stop.reason, p.concluded().safe) == ("CONFIRMED", 4)
     assert p.spent_s <= 1.1 * p.plan.budget_s
 
 

@@ -5,13 +5,13 @@ import json
 import random
 from typing import Any
 
-import captures
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
+from tests import captures
 
 MS = 1_000_000
 DUE, SENT, HEADERS, END = 1000 * MS, 1001 * MS, 1002 * MS, 9000 * MS

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from raw_server import DONE, HEAD, LAST, RawServer, Script, finish, good, token, usage
 
 from loadgen import judge, plan, prompts, scenario, validity
 from loadgen.client import now_ns
@@ -27,6 +26,7 @@ from loadgen.shard import LEASE_S, Command, Frame, Setup
 from loadgen.store import SCHEMA, LegLine, Manifest, RunFolder
 from loadgen.supervise import Progress, Shards
 from loadgen.target import Target
+from tests.raw_server import DONE, HEAD, LAST, RawServer, Script, finish, good, token, usage
 
 S = 1_000_000_000
 MIX = scenario.parse({
@@ -174,8 +174,6 @@ def test_legs_follow_each_other_on_the_same_shards(tmp_path: Path) -> None:
         assert (w.to_ns - w.from_ns) / S == pytest.approx(0.8)
         last = [p for p in seen if p.leg.id == x.id][-1]
         assert last.done == sum(r.leg == x.id for r in kept(tmp_path))
-        assert w.cpu_frac is not None
-        assert 0 < w.cpu_frac < 1.5
     assert not children()
 
 
@@ -192,9 +190,10 @@ def test_the_cpu_of_the_first_leg_is_that_of_the_leg(tmp_path: Path) -> None:
         async with (RawServer(lambda _: slow()) as server,
                     shards(tmp_path, server) as one):
             before_s = _cpu_s(children()[0])
-            window = await one.run(leg(Closed(concurrency=1), n=5), nobody_died, unseen)
+            window = await one.run(leg(Closed(concurrency=1), measure_s=1.3), nobody_died, unseen)
             used_s = _cpu_s(children()[0]) - before_s
-            said_s = (window.cpu_frac or 0.0) * (window.end_ns - window.t0_ns) / S
+            assert window.cpu_frac is not None
+            said_s = window.cpu_frac * (window.end_ns - window.t0_ns) / S
             assert said_s <= used_s + 0.1  # the clock of /proc ticks every 10 ms
     run(test())
 
@@ -325,9 +324,9 @@ def parent(folder: Path, url: str, processes: int = 1) -> Iterator[subprocess.Po
     """A process of its own that runs a long leg on shards."""
     script = f"""
 import asyncio, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
-from test_shard import *
+from tests.test_shard import *
 
 async def main():
     made = Shards(RunFolder.create(Path({str(folder)!r}), manifest()), "r", MIX,

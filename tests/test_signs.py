@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import captures
 import pytest
 
 from loadgen.leg import Ending, Window
 from loadgen.store import Row
 from loadgen.telemetry.server import NAMES, gpu_rows_of, rows_of
 from loadgen.telemetry.signs import series, signs_of
+from tests import captures
 
 S = 1_000_000_000
 

@@ -4,12 +4,12 @@ import itertools
 import re
 from typing import Any
 
-import captures
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadgen.sse import LineTooLong, SseParser
+from tests import captures
 
 STREAMS = captures.streams()
 LONG = 20_000  # bytes; longer streams are cut everywhere in their first and last part only

@@ -8,13 +8,15 @@ from loadgen.store import Row
 
 
 def series(rows: Iterable[Row], source: str) -> dict[str, list[tuple[int, float]]]:
-    """Rows of one source by name, as (t_ns, value) in the order of time; rows that differ only
-    in labels are added up where they share an instant (several engines, several GPUs)."""
+    """Rows of one source by name, as (t_ns, value) in the order of time. Rows that differ only in
+    labels (several engines, several GPUs) are added up where they share an instant; of shares
+    (`*_frac`) the largest counts."""
     found: dict[str, dict[int, float]] = {}
     for r in rows:
         if r.source == source:
             at = found.setdefault(r.name, {})
-            at[r.t_ns] = at.get(r.t_ns, 0.0) + r.value
+            seen = at.get(r.t_ns, 0.0)
+            at[r.t_ns] = max(seen, r.value) if r.name.endswith("_frac") else seen + r.value
     return {name: sorted(at.items()) for name, at in found.items()}
 
 
