@@ -14,39 +14,26 @@ from loadgen import __version__, scenario
 from loadgen.errors import GeneratorError, LoadgenError, ScenarioError, ServerError, StoreError
 from loadgen.judge import Criteria
 from loadgen.leg import Leg
-from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, Slo, Trace
-from loadgen.target import base_of, target_of
+from loadgen.options import (
+    WORDS,
+    Duration,
+    Group,
+    headers_of,
+    levels_of,
+    load_of,
+    server_of,
+    slo_of,
+    target_options,
+)
+from loadgen.scenario import Closed, Open, Scenario, Seconds, Slo, Trace
+from loadgen.target import base_of
 
 PASS, SLO_MISSED, USAGE, INVALID, DIED, INCONCLUSIVE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 _EXIT = {ScenarioError: USAGE, ServerError: DIED, StoreError: INVALID, GeneratorError: INVALID}
 DEFAULT_BUDGET = "230s"
 
 
-class _Duration(click.ParamType[Seconds]):
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None,
-                ctx: click.Context | None) -> Seconds:
-        try:
-            return value if isinstance(value, Seconds) else Seconds.parse(value)
-        except ValueError as e:
-            self.fail(str(e), param, ctx)
-
-
-_WORDS = "loadgen.words"  # of the command line, as the manifest keeps them
-
-
-class _Group(click.Group):
-    """Cuts the words after `--` off before click reads the rest: they are the server's."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        at = args.index("--") if "--" in args else len(args)
-        ctx.obj = tuple(args[at + 1:])
-        ctx.meta[_WORDS] = list(args)
-        return super().parse_args(ctx, args[:at])
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"],
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"],
                                            "max_content_width": 100})
 @click.version_option(__version__, prog_name="loadgen")
 def main() -> None:
@@ -62,35 +49,6 @@ def main() -> None:
     """
 
 
-def _target_options(command: Any) -> Any:
-    """Options that sweep and run share."""
-    for option in reversed([
-        click.option("--server", type=click.Choice(["sim"]), help="Server to start; its options "
-                     "follow `--`. Default: the simulator, if no --base-url is given."),
-        click.option("--base-url", metavar="URL", help="An OpenAI-compatible server that runs."),
-        click.option("--model", help="Model name to ask for. Default: the server's only one."),
-        click.option("--api-key", envvar="LOADGEN_API_KEY", metavar="KEY",
-                     help="Sent as a bearer token. Also $LOADGEN_API_KEY. Never written down."),
-        click.option("--header", "headers", multiple=True, metavar="K=V",
-                     help="Another request header; may be repeated. Never written down."),
-        click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
-                     help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
-                     "or vLLM's ttft:1000 in ms."),
-        click.option("--target", type=click.FloatRange(0.5, 0.9999), default=0.95,
-                     show_default=True, help="Share of requests that must meet the SLO."),
-        click.option("--seed", type=click.IntRange(0, 2**40), help="Same seed, same plan. "
-                     "Default: a fresh one, so that no cache knows the prompts."),
-        click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True,
-                     help="Generator processes; the plan is split exactly."),
-        click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER",
-                     help="Run folder. Default: runs/DATE-TIME-SCENARIO."),
-        click.option("--report/--no-report", default=True, show_default=True,
-                     help="Write report.html and charts when the run is over."),
-    ]):
-        command = option(command)
-    return command
-
-
 @main.command()
 @click.argument("name", metavar="[SCENARIO]", default="mixed")
 @click.option("--max-concurrency", type=click.IntRange(1, 100_000), metavar="N",
@@ -98,9 +56,9 @@ def _target_options(command: Any) -> Any:
 @click.option("--max-rate", type=click.FloatRange(0, min_open=True), metavar="R",
               help="Ladder up to R requests per second (open loop, Poisson).")
 @click.option("--levels", metavar="A,B,C", help="These levels instead of powers of two.")
-@click.option("--budget", type=_Duration(), default=DEFAULT_BUDGET, show_default=True,
+@click.option("--budget", type=Duration(), default=DEFAULT_BUDGET, show_default=True,
               help="Time the whole search may take.")
-@_target_options
+@target_options
 @click.pass_obj
 def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | None,
           max_rate: float | None, levels: str | None, budget: Seconds, **options: Any) -> None:
@@ -116,7 +74,7 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     if (max_concurrency is None) == (max_rate is None):
         raise click.UsageError("give --max-concurrency N or --max-rate R")
     axis: Literal["concurrency", "rate"] = "rate" if max_rate else "concurrency"
-    ladder = _levels(levels, float(max_concurrency or max_rate or 0), axis)
+    ladder = levels_of(levels, float(max_concurrency or max_rate or 0), axis)
 
     def search(session: Any, view: Any) -> Any:
         from loadgen import runner  # noqa: PLC0415
@@ -141,13 +99,13 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
               help="Coefficient of variation of gamma gaps; above 1 is bursty.")
 @click.option("--timestamps", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Open loop at given instants: seconds from the start, one a line.")
-@click.option("--duration", type=_Duration(), metavar="60s", help="Time that is measured.")
+@click.option("--duration", type=Duration(), metavar="60s", help="Time that is measured.")
 @click.option("--num-prompts", type=click.IntRange(1), metavar="N", help="Stop after N requests.")
-@click.option("--warmup", type=_Duration(), metavar="5s", help="Load before the measurement. "
+@click.option("--warmup", type=Duration(), metavar="5s", help="Load before the measurement. "
               "Default: a fifth of the duration, at most 10 s; none with --num-prompts.")
 @click.option("--max-inflight", type=click.IntRange(1), default=4096, show_default=True,
               help="Open loop: what would exceed it is DROPPED, never queued.")
-@_target_options
+@target_options
 @click.pass_obj
 def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
     """One load, measured.
@@ -158,7 +116,7 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
     loadgen run code --rate 2 --arrivals gamma --cv 2 --num-prompts 100
     """
     chosen = scenario.load(name)
-    load = _load(chosen, options)
+    load = load_of(chosen, options)
     duration_s: Seconds | None = options["duration"] or chosen.duration_s
     if isinstance(load, Trace) and duration_s is None:
         duration_s = Seconds(max(load.due_s, default=0.0) + 1.0)
@@ -195,7 +153,7 @@ def report(folder: Path, slos: tuple[str, ...], html: bool) -> None:
     loadgen report runs/20261121-011500-mixed
     loadgen report runs/20261121-011500-mixed --slo ttft=1s
     """
-    raise SystemExit(_conclude(folder, _slo(slos), html))
+    raise SystemExit(_conclude(folder, slo_of(slos), html))
 
 
 @main.command()
@@ -313,16 +271,16 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     from loadgen.view import View  # noqa: PLC0415
 
     chosen = scenario.load(name)
-    if slo := _slo(options["slos"]):
+    if slo := slo_of(options["slos"]):
         chosen = chosen.with_slo(slo)
     console = Console()
     out: Path = options["out"] or Path("runs") / _run_name(chosen)
     seed = options["seed"] if options["seed"] is not None else secrets.randbelow(2**31)
     session = Session(
-        scenario=chosen, server=_server(options, server_options, out), out=out,
+        scenario=chosen, server=server_of(options, server_options, out), out=out,
         criteria=Criteria(target=options["target"]), seed=seed, model=options["model"],
-        headers=_headers(options), processes=options["processes"],
-        command=click.get_current_context().meta[_WORDS])
+        headers=headers_of(options), processes=options["processes"],
+        command=click.get_current_context().meta[WORDS])
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)
     raise SystemExit(code)
@@ -371,91 +329,6 @@ def _exit_code(finished: Any, result: Any) -> int:
     if stop == "SERVER_DIED" or (last is not None and last.died):
         return DIED
     return SLO_MISSED if answer.load == "UNSAFE" else INCONCLUSIVE
-
-
-def _server(options: dict[str, Any], server_options: Sequence[str], out: Path) -> Any:
-    if options["base_url"]:
-        from servers.remote import RemoteServer  # noqa: PLC0415
-
-        if server_options or options["server"]:
-            raise click.UsageError("--base-url names a server that runs already: neither "
-                                   "--server nor options after `--` can apply to it")
-        return RemoteServer(target_of(options["base_url"], options["model"] or ""))
-    from servers.sim.launch import SimServer  # noqa: PLC0415
-
-    return SimServer(server_options, out / "server.log")
-
-
-def _headers(options: dict[str, Any]) -> dict[str, str]:
-    headers = {}
-    for pair in options["headers"]:
-        key, eq, value = pair.partition("=")
-        if not eq or not key.strip():
-            raise click.UsageError("--header: write K=V, as --header X-Team=search")
-        headers[key.strip()] = value
-    if options["api_key"]:
-        headers["Authorization"] = f"Bearer {options['api_key']}"
-    return headers
-
-
-def _slo(texts: Sequence[str]) -> Slo | None:
-    return scenario.parse_slo(" ".join(texts)) if texts else None
-
-
-def _levels(text: str | None, most: float, axis: str) -> tuple[float, ...]:
-    """Powers of two up to `most`, and `most`; a rate's ladder has seven steps up to `most`."""
-    if text is None:
-        if axis == "rate":
-            return tuple(most / 2**k for k in range(6, -1, -1))
-        return (*(float(2**k) for k in range(int(most).bit_length()) if 2**k < most), most)
-    try:
-        levels = tuple(sorted({float(x) for x in text.split(",")}))
-    except ValueError:
-        raise click.UsageError(f"--levels {text!r}: write numbers, as 1,2,4") from None
-    whole = axis == "rate" or all(x == int(x) for x in levels)
-    if not levels or levels[0] <= 0 or levels[-1] > most or not whole:
-        raise click.UsageError(f"--levels {text!r}: levels go from more than 0 to {most:g}"
-                               + ("" if axis == "rate" else ", in whole numbers"))
-    return levels
-
-
-def _load(chosen: Scenario, options: dict[str, Any]) -> Load:
-    """The load that the options ask for, else the scenario's own."""
-    given = [k for k in ("concurrency", "rate", "timestamps") if options[k] is not None]
-    if len(given) > 1:
-        raise click.UsageError("give one of --concurrency, --rate and --timestamps")
-    if options["concurrency"]:
-        return Closed(concurrency=options["concurrency"])
-    if options["rate"]:
-        return Open(rate_rps=PerSecond(options["rate"]), arrivals=options["arrivals"],
-                    cv=options["cv"], max_inflight=options["max_inflight"])
-    if options["timestamps"]:
-        return _trace(options["timestamps"], options["max_inflight"])
-    if chosen.load is None:
-        raise click.UsageError(f"scenario {chosen.name} has no load of its own: give "
-                               "--concurrency N, --rate R or --timestamps FILE")
-    return chosen.load
-
-
-def _trace(path: Path, max_inflight: int) -> Trace:
-    due = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ScenarioError(f"{path}: cannot be read: {e}") from e
-    for number, line in enumerate(lines, 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        try:
-            due.append(float(text))
-        except ValueError:
-            raise ScenarioError(f"{path}:{number}: {text[:40]!r} is no number of seconds") from None
-        if not 0 <= due[-1] < 1e9 or due[-1] < due[max(len(due) - 2, 0)]:
-            raise ScenarioError(f"{path}:{number}: instants must be ascending, from 0 on")
-    if not due:
-        raise ScenarioError(f"{path}: holds no instants")
-    return Trace(due_s=tuple(due), max_inflight=max_inflight)
 
 
 def entry(words: list[str] | None = None) -> None:

@@ -41,7 +41,8 @@ ALLOWED = {
     "runner": "calibrate judge leg prompts ramp record scenario store supervise sweep target "
               "telemetry.server telemetry.signs view",
     "campaign": "errors scenario store target",
-    "cli": "campaign doctor errors judge leg ramp runner scenario target view",
+    "options": "errors scenario target",
+    "cli": "options campaign doctor errors judge leg ramp runner scenario target view",
     "datasets": "errors plan record scenario",
     "validate": "errors record scenario store",
 }
@@ -49,7 +50,7 @@ FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "judge", "validity", "leg", "ramp", "scenario",
                 "telemetry.signs", "errors"}
 SERVERS_MAY = {"errors", "target"}
-COMPOSERS = {"loadgen.cli", "loadgen.runner"}  # the only ones of loadgen to know the other houses
+COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner"}  # only they know the other houses
 
 PURE = {"config", "errors", "texts", "sse", "openai", "record", "metrics", "validity", "judge",
         "ramp", "leg", "plan", "prompts", "scenario", "target", "telemetry.signs"}

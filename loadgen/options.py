@@ -1,0 +1,150 @@
+"""The command line's options: what several commands share, and what their words mean."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadgen import scenario
+from loadgen.errors import ScenarioError
+from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, Slo, Trace
+from loadgen.target import target_of
+
+
+class Duration(click.ParamType[Seconds]):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None,
+                ctx: click.Context | None) -> Seconds:
+        try:
+            return value if isinstance(value, Seconds) else Seconds.parse(value)
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
+
+
+WORDS = "loadgen.words"  # of the command line, as the manifest keeps them
+
+
+class Group(click.Group):
+    """Cuts the words after `--` off before click reads the rest: they are the server's."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.obj = tuple(args[at + 1:])
+        ctx.meta[WORDS] = list(args)
+        return super().parse_args(ctx, args[:at])
+
+
+def target_options(command: Any) -> Any:
+    """Options that sweep and run share."""
+    for option in reversed([
+        click.option("--server", type=click.Choice(["sim"]), help="Server to start; its options "
+                     "follow `--`. Default: the simulator, if no --base-url is given."),
+        click.option("--base-url", metavar="URL", help="An OpenAI-compatible server that runs."),
+        click.option("--model", help="Model name to ask for. Default: the server's only one."),
+        click.option("--api-key", envvar="LOADGEN_API_KEY", metavar="KEY",
+                     help="Sent as a bearer token. Also $LOADGEN_API_KEY. Never written down."),
+        click.option("--header", "headers", multiple=True, metavar="K=V",
+                     help="Another request header; may be repeated. Never written down."),
+        click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
+                     help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
+                     "or vLLM's ttft:1000 in ms."),
+        click.option("--target", type=click.FloatRange(0.5, 0.9999), default=0.95,
+                     show_default=True, help="Share of requests that must meet the SLO."),
+        click.option("--seed", type=click.IntRange(0, 2**40), help="Same seed, same plan. "
+                     "Default: a fresh one, so that no cache knows the prompts."),
+        click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True,
+                     help="Generator processes; the plan is split exactly."),
+        click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER",
+                     help="Run folder. Default: runs/DATE-TIME-SCENARIO."),
+        click.option("--report/--no-report", default=True, show_default=True,
+                     help="Write report.html and charts when the run is over."),
+    ]):
+        command = option(command)
+    return command
+
+
+def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path) -> Any:
+    if options["base_url"]:
+        from servers.remote import RemoteServer  # noqa: PLC0415
+
+        if server_options or options["server"]:
+            raise click.UsageError("--base-url names a server that runs already: neither "
+                                   "--server nor options after `--` can apply to it")
+        return RemoteServer(target_of(options["base_url"], options["model"] or ""))
+    from servers.sim.launch import SimServer  # noqa: PLC0415
+
+    return SimServer(server_options, out / "server.log")
+
+
+def headers_of(options: dict[str, Any]) -> dict[str, str]:
+    headers = {}
+    for pair in options["headers"]:
+        key, eq, value = pair.partition("=")
+        if not eq or not key.strip():
+            raise click.UsageError("--header: write K=V, as --header X-Team=search")
+        headers[key.strip()] = value
+    if options["api_key"]:
+        headers["Authorization"] = f"Bearer {options['api_key']}"
+    return headers
+
+
+def slo_of(texts: Sequence[str]) -> Slo | None:
+    return scenario.parse_slo(" ".join(texts)) if texts else None
+
+
+def levels_of(text: str | None, most: float, axis: str) -> tuple[float, ...]:
+    """Powers of two up to `most`, and `most`; a rate's ladder has seven steps up to `most`."""
+    if text is None:
+        if axis == "rate":
+            return tuple(most / 2**k for k in range(6, -1, -1))
+        return (*(float(2**k) for k in range(int(most).bit_length()) if 2**k < most), most)
+    try:
+        levels = tuple(sorted({float(x) for x in text.split(",")}))
+    except ValueError:
+        raise click.UsageError(f"--levels {text!r}: write numbers, as 1,2,4") from None
+    whole = axis == "rate" or all(x == int(x) for x in levels)
+    if not levels or levels[0] <= 0 or levels[-1] > most or not whole:
+        raise click.UsageError(f"--levels {text!r}: levels go from more than 0 to {most:g}"
+                               + ("" if axis == "rate" else ", in whole numbers"))
+    return levels
+
+
+def load_of(chosen: Scenario, options: dict[str, Any]) -> Load:
+    """The load that the options ask for, else the scenario's own."""
+    given = [k for k in ("concurrency", "rate", "timestamps") if options[k] is not None]
+    if len(given) > 1:
+        raise click.UsageError("give one of --concurrency, --rate and --timestamps")
+    if options["concurrency"]:
+        return Closed(concurrency=options["concurrency"])
+    if options["rate"]:
+        return Open(rate_rps=PerSecond(options["rate"]), arrivals=options["arrivals"],
+                    cv=options["cv"], max_inflight=options["max_inflight"])
+    if options["timestamps"]:
+        return _trace(options["timestamps"], options["max_inflight"])
+    if chosen.load is None:
+        raise click.UsageError(f"scenario {chosen.name} has no load of its own: give "
+                               "--concurrency N, --rate R or --timestamps FILE")
+    return chosen.load
+
+
+def _trace(path: Path, max_inflight: int) -> Trace:
+    due = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ScenarioError(f"{path}: cannot be read: {e}") from e
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        try:
+            due.append(float(text))
+        except ValueError:
+            raise ScenarioError(f"{path}:{number}: {text[:40]!r} is no number of seconds") from None
+        if not 0 <= due[-1] < 1e9 or due[-1] < due[max(len(due) - 2, 0)]:
+            raise ScenarioError(f"{path}:{number}: instants must be ascending, from 0 on")
+    if not due:
+        raise ScenarioError(f"{path}: holds no instants")
+    return Trace(due_s=tuple(due), max_inflight=max_inflight)
