@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from loadgen import metrics, scenario, validity
 from loadgen.errors import LoadgenError
-from loadgen.judge import Criteria, Judgement, ServerSigns, judge
+from loadgen.judge import Criteria, Judgement, ServerSigns, is_due, judge
 from loadgen.leg import Axis, Leg, Window
 from loadgen.ramp import Conclusion, conclude
 from loadgen.record import RequestRecord
@@ -152,7 +152,7 @@ def _row(r: RequestRecord, leg: Leg, window: Window, mix: Scenario, t0_ns: int,
          gaps: "array[int]") -> tuple[object, ...]:
     """Values in the order of COLUMNS; the record's gaps join the leg's if it is in the sample."""
     why = metrics.misses(r, mix.slo_of(r.cls))
-    in_window = window.from_ns <= r.due_ns < window.to_ns
+    in_window = is_due(window, r)
     void = window.is_void(r.due_ns, r.end_ns)
     if in_window and not void:
         gaps.extend(r.gaps_us)

@@ -57,7 +57,7 @@ def _counts(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
     confidence = run.criteria.confidence
     return {
         "window_s": window_s, "n": n, "void": sum(j.void for j in legs), "good": good,
-        "offered_rps": sum(j.n + j.void for j in legs) / window_s,
+        "offered_rps": sum(j.offered_rps * j.window_s for j in legs) / window_s,
         "achieved_rps": sum(j.achieved_rps * j.window_s for j in legs) / window_s,
         "goodput_rps": sum(j.goodput_rps * j.window_s for j in legs) / window_s,
         "attainment_frac": good / n if n else None,

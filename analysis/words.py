@@ -119,10 +119,13 @@ def _unsafe(run: Run, usable: Sequence[Judgement], level: float, met: str) -> st
     """What went wrong at an unsafe level. `met`: "met it", where the limits were just named."""
     worst = next(j for j in usable if j.value == level and j.load == "UNSAFE")
     share = f"{percent(worst.good / worst.n)} of {worst.n}" if worst.good else f"none of {worst.n}"
-    broke = sorted(worst.misses.items(), key=lambda x: -x[1])[:2]
-    why = " and ".join(f"{n} by {NAMES.get(k, k)}" for k, n in broke)
+    left = worst.misses.get("CANCELLED", 0)
+    broke = sorted(((k, n) for k, n in worst.misses.items() if k != "CANCELLED"),
+                   key=lambda x: -x[1])[:2]
+    why = [f"missed {' and '.join(f'{n} by {NAMES.get(k, k)}' for k, n in broke)}"] if broke else []
+    why += [f"{left} were in flight when the level was given up"] if left else []
     only = "only " if worst.good > 0 and worst.upper < run.criteria.target else ""
-    return (f"At {level:g}, {only}{share} {met}" + (f" (missed {why})" if why else "")
+    return (f"At {level:g}, {only}{share} {met}" + (f" ({'; '.join(why)})" if why else "")
             + "".join(f"; {x}" for x in worst.reasons[:-1]) + ".")
 
 

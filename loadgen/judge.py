@@ -69,6 +69,7 @@ class Judgement(Struct, frozen=True):
     cut: bool
     died: bool
     window_s: float
+    offered_rps: float
     achieved_rps: float
     goodput_rps: float
     ttft_p50_s: float | None
@@ -126,7 +127,9 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         outcomes=dict(Counter(r.outcome.value for r in sample)), errors=errors,
         error_lower=metrics.lower_bound(errors, n, criteria.confidence), classes=classes,
         refuted_classes=refuted, cut=window.ending == "cut", died=signs.died is not None,
-        window_s=window_s, achieved_rps=sum(share for share, _ in shares) / window_s,
+        window_s=window_s,
+        offered_rps=sum(window.from_ns <= r.due_ns < window.to_ns for r in records) / window_s,
+        achieved_rps=sum(share for share, _ in shares) / window_s,
         goodput_rps=sum(share for share, r in shares
                         if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),

@@ -219,12 +219,12 @@ class Shards:
             stopping=self._interrupts > 0)
 
     def _window(self, leg: Leg, t0_ns: int, ending: Ending, note: str | None) -> Window:
-        """The sample's window: as planned, or to where the leg was stopped."""
+        """The sample's window: as planned, or to where the leg was stopped or ended."""
         frames = [s.frame for s in self._shards]
         from_ns = t0_ns + round(leg.warmup_s * 1e9)
         end_ns = now_ns()
         stops = [f.stopped_ns for f in frames if f.stopped_ns is not None]
-        to_ns = max((f.last_due_ns for f in frames), default=t0_ns) + 1
+        to_ns = end_ns  # of so many sessions: to the last answer's end
         if leg.measure_s is not None and leg.num_sessions is None:
             to_ns = from_ns + round(leg.measure_s * 1e9)
         to_ns = max(from_ns, min([to_ns, end_ns, *stops]))

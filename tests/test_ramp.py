@@ -97,8 +97,8 @@ def judgement(leg: Leg, at: Level, n: int, died: bool = False, invalid: bool = F
         findings=[LAGS, BUSY] if invalid else [LAGS] if at.suspect else [], misses={},
         outcomes={}, errors=errors, error_lower=metrics.lower_bound(errors, n), classes={},
         refuted_classes=refuted, cut=False, died=died, window_s=leg.measure_s or 0.0,
-        achieved_rps=at.rps, goodput_rps=at.rps * share, ttft_p50_s=0.1, tpot_p50_s=0.01,
-        e2e_p50_s=answer_s, answer_s=answer_s)
+        offered_rps=at.rps, achieved_rps=at.rps, goodput_rps=at.rps * share,
+        ttft_p50_s=0.1, tpot_p50_s=0.01, e2e_p50_s=answer_s, answer_s=answer_s)
 
 
 def play(server: dict[float, Level] | Level, budget_s: float = 600.0, can_restart: bool = True,
