@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.frame import Floats, Run, load
-from loadgen.errors import LoadgenError
 
 ALPHA = 0.05
 RESAMPLES = 2000
@@ -111,12 +110,9 @@ def _difference(level: float, name: str, values: tuple[Floats, Floats], of: Stat
 
 
 def show(console: Console, base: Path, new: Path) -> int:
-    """Prints the comparison. Exit code 0: no regression, 1: something is worse, 2: not alike."""
-    try:
-        a, b = load(base), load(new)
-    except LoadgenError as e:
-        console.print(f"loadgen: {e}", style="red", highlight=False)
-        return 2
+    """Prints the comparison. Exit code 0: no regression, 1: something is worse, 2: not alike.
+    Raises StoreError."""
+    a, b = load(base), load(new)
     if reasons := unlike(a, b):
         console.print("These runs are not alike: " + "; ".join(reasons), highlight=False)
         return 2

@@ -66,7 +66,7 @@ class Run(Struct, frozen=True, eq=False):
     @property
     def is_run(self) -> bool:
         """One leg that was asked for as such, no sweep that ended after its first."""
-        return len(self.legs) == 1 and "sweep" not in self.manifest.command
+        return len(self.legs) == 1 and self.manifest.command[1:2] != ["sweep"]
 
     @property
     def axis(self) -> Axis:

@@ -30,11 +30,18 @@ async def wait_ready(target: Target, scenario: Scenario, alive: Callable[[], str
     until = time.monotonic() + patience_s
     async with Client(target, scenario) as client:
         while True:
-            record = await _ask(client, scenario, scenario.classes[0], "Hello", 2)
+            asking = asyncio.create_task(_ask(client, scenario, scenario.classes[0], "Hello", 2))
+            try:
+                while not asking.done():  # whoever has the port instead may never answer
+                    await asyncio.wait([asking], timeout=0.2)
+                    if (died := alive()) is not None:
+                        raise ServerError(f"the server died before it could serve: {died}")
+            finally:
+                asking.cancel()
+                await asyncio.wait([asking])
+            record = asking.result()
             if record.outcome is Outcome.OK:
                 return
-            if (died := alive()) is not None:
-                raise ServerError(f"the server died before it could serve: {died}")
             if record.status in (400, 401, 403, 404, 422):
                 raise ScenarioError(
                     f"{target.base_url} refuses a request for model {target.model!r}: "
@@ -77,7 +84,7 @@ async def ratios(target: Target, scenario: Scenario, seed: int) -> dict[str, Rat
                 found[c.name] = _plausible(prompts.fit(counts, "tokenize"), c)
                 continue
             texts = texts[:: -(-len(texts) // PROBES)]
-            answers = [await _ask(client, scenario, c, text, 1) for text in texts]
+            answers = await asyncio.gather(*(_ask(client, scenario, c, text, 1) for text in texts))
             counts = [(len(t), r.prompt_tok) for t, r in zip(texts, answers, strict=True)
                       if r.prompt_tok]
             found[c.name] = (_plausible(prompts.fit(counts, "usage"), c) if counts

@@ -11,13 +11,21 @@ import click
 from rich.console import Console
 
 from loadgen import __version__, scenario
-from loadgen.errors import GeneratorError, LoadgenError, ScenarioError, ServerError, StoreError
+from loadgen.errors import (
+    FolderError,
+    GeneratorError,
+    LoadgenError,
+    ScenarioError,
+    ServerError,
+    StoreError,
+)
 from loadgen.judge import Criteria
 from loadgen.leg import Leg
 from loadgen.options import (
     WORDS,
-    Duration,
     Group,
+    duration,
+    finite,
     headers_of,
     levels_of,
     load_of,
@@ -29,7 +37,8 @@ from loadgen.scenario import Closed, Open, Scenario, Seconds, Slo, Trace
 from loadgen.target import base_of
 
 PASS, SLO_MISSED, USAGE, INVALID, DIED, INCONCLUSIVE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-_EXIT = {ScenarioError: USAGE, ServerError: DIED, StoreError: INVALID, GeneratorError: INVALID}
+_EXIT = {ScenarioError: USAGE, FolderError: USAGE, ServerError: DIED, StoreError: INVALID,
+         GeneratorError: INVALID}
 DEFAULT_BUDGET = "230s"
 
 
@@ -53,10 +62,11 @@ def main() -> None:
 @click.argument("name", metavar="[SCENARIO]", default="mixed")
 @click.option("--max-concurrency", type=click.IntRange(1, 100_000), metavar="N",
               help="Ladder 1, 2, 4 … N of requests in flight (closed loop).")
-@click.option("--max-rate", type=click.FloatRange(0, min_open=True), metavar="R",
+@click.option("--max-rate", type=click.FloatRange(0, min_open=True), callback=finite, metavar="R",
               help="Ladder up to R requests per second (open loop, Poisson).")
 @click.option("--levels", metavar="A,B,C", help="These levels instead of powers of two.")
-@click.option("--budget", type=Duration(), default=DEFAULT_BUDGET, show_default=True,
+@click.option("--budget", callback=duration, metavar="10m", default=DEFAULT_BUDGET,
+              show_default=True,
               help="Time the whole search may take.")
 @target_options
 @click.pass_obj
@@ -91,17 +101,17 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
 @click.argument("name", metavar="SCENARIO")
 @click.option("--concurrency", type=click.IntRange(1, 100_000), metavar="N",
               help="Closed loop: N requests in flight.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), metavar="R",
+@click.option("--rate", type=click.FloatRange(0, min_open=True), callback=finite, metavar="R",
               help="Open loop: R requests per second, whatever the server does.")
 @click.option("--arrivals", type=click.Choice(["constant", "poisson", "gamma"]),
               default="poisson", show_default=True, help="Gaps of the open loop.")
-@click.option("--cv", type=click.FloatRange(0, 20, min_open=True), default=1.0,
+@click.option("--cv", type=click.FloatRange(0, 20, min_open=True), callback=finite, default=1.0,
               help="Coefficient of variation of gamma gaps; above 1 is bursty.")
 @click.option("--timestamps", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Open loop at given instants: seconds from the start, one a line.")
-@click.option("--duration", type=Duration(), metavar="60s", help="Time that is measured.")
+@click.option("--duration", callback=duration, metavar="60s", help="Time that is measured.")
 @click.option("--num-prompts", type=click.IntRange(1), metavar="N", help="Stop after N requests.")
-@click.option("--warmup", type=Duration(), metavar="5s", help="Load before the measurement. "
+@click.option("--warmup", callback=duration, metavar="5s", help="Load before the measurement. "
               "Default: a fifth of the duration, at most 10 s; none with --num-prompts.")
 @click.option("--max-inflight", type=click.IntRange(1), default=4096, show_default=True,
               help="Open loop: what would exceed it is DROPPED, never queued.")
@@ -300,7 +310,8 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:
-        console.print(f"Stopped: {result.says}", style="dim", highlight=False)
+        console.print(f"Stopped: {result.says}", style="dim", soft_wrap=not console.is_terminal,
+                      highlight=False)
     if html:
         console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     return _exit_code(finished, result)

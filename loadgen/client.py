@@ -7,10 +7,9 @@ silence between events and the whole are watched here, by one timeout that moves
 
 import asyncio
 import errno
-import ssl
 import time
 from types import SimpleNamespace, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 
@@ -43,19 +42,24 @@ class Client:
         trace.on_connection_create_end.append(_connected)
         trace.on_connection_reuseconn.append(_reused)
         trace.on_request_headers_sent.append(_sent)
-        insecure: ssl.SSLContext | bool = self.target.verify_tls
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=insecure,
-                                           ttl_dns_cache=None),
-            timeout=_NO_TIMEOUT, trace_configs=[trace], read_bufsize=2**20,
-            headers={"Content-Type": "application/json", "Accept": "text/event-stream",
-                     "Accept-Encoding": "identity", "User-Agent": f"loadgen/{__version__}",
-                     **self.target.headers})
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream",
+                   "Accept-Encoding": "identity", "User-Agent": f"loadgen/{__version__}",
+                   **self.target.headers}
+
+        def session(**pool: Any) -> aiohttp.ClientSession:
+            return aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=self.target.verify_tls,
+                                               ttl_dns_cache=None, **pool),
+                timeout=_NO_TIMEOUT, trace_configs=[trace], read_bufsize=2**20, headers=headers)
+
+        self._session = session(keepalive_timeout=_KEEPALIVE_S)
+        self._fresh = session(force_close=True)  # a retry must not land on the next stale one
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,
                         tb: TracebackType | None) -> None:
         await self._session.close()
+        await self._fresh.close()
 
     async def open_connections(self, n: int) -> None:
         """Opens n connections into the pool, so that no request pays for its handshake. Whatever
@@ -80,7 +84,10 @@ class Client:
             failure, error = await self._guarded(recorder)
         finally:
             self.inflight -= 1
-        return recorder.end(now_ns(), failure, error)
+        record = recorder.end(now_ns(), failure, error)
+        if record.error is not None:
+            record.error = self.target.scrub(record.error)
+        return record
 
     async def _guarded(self, recorder: Recorder) -> tuple[Outcome | None, str | None]:
         """Runs the exchange; what ended it early, if anything, as an outcome and in words."""
@@ -107,21 +114,24 @@ class Client:
             return Outcome.DROPPED if ours else Outcome.DISCONNECTED, f"{type(e).__name__}: {e}"
         except aiohttp.ClientError as e:  # not HTTP, or a broken head
             return Outcome.BAD_STREAM, f"{type(e).__name__}: {e}"
+        except ValueError as e:  # a header that cannot be sent
+            return Outcome.DROPPED, f"{type(e).__name__}: {e}"
         return None, None
 
     async def _exchange(self, recorder: Recorder, watch: "_Watch") -> None:
         """One request; sent once more if the kept-alive connection turned out to be closed."""
         try:
-            await self._request(recorder, watch)
+            await self._request(self._session, recorder, watch)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:
             if isinstance(e, aiohttp.ClientConnectorError) or not _was_stale(recorder):
                 raise
             recorder.stale_retries += 1
-            await self._request(recorder, watch)
+            await self._request(self._fresh, recorder, watch)
 
-    async def _request(self, recorder: Recorder, watch: "_Watch") -> None:
-        async with self._session.post(self._url, data=recorder.shot.body,
-                                      trace_request_ctx=recorder) as answer:
+    async def _request(self, session: aiohttp.ClientSession, recorder: Recorder,
+                       watch: "_Watch") -> None:
+        async with session.post(self._url, data=recorder.shot.body, allow_redirects=False,
+                                trace_request_ctx=recorder) as answer:
             recorder.response(now_ns(), answer.status, answer.headers.get("Content-Type", ""),
                               "Retry-After" in answer.headers)
             while data := await answer.content.readany():

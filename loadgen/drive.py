@@ -45,7 +45,6 @@ class LegRun:
         self.flights: set[asyncio.Task[None]] = set()
         self.stopping = asyncio.Event()
         self.stopped_ns: int | None = None
-        self.last_due_ns = t0_ns
         self.done = self.done_good = self.sampled = self.good = 0
         self._awaited = 0  # measured requests that were started and have not ended
         self._pending: dict[object, int] = {}  # due instants that somebody sleeps to
@@ -183,7 +182,6 @@ class LegRun:
 
     def _shot(self, planned: plan.Session, turn: int, body: bytes, due_ns: int) -> Shot:
         what = planned.turns[turn]
-        self.last_due_ns = max(self.last_due_ns, due_ns)
         return Shot(leg=self.leg.id, shard=self.work.shard, seq=next(self.work.seq),
                     session=planned.k, turn=turn, cls=planned.cls, due_ns=due_ns, body=body,
                     want_prompt_tok=what.prompt_tok, max_tokens=what.output_tok,

@@ -18,5 +18,9 @@ class StoreError(LoadgenError):
     """A run folder that cannot be written or read: full disk, foreign schema, no such run."""
 
 
+class FolderError(StoreError):
+    """A folder that is not what the command needs: no run in it, or one already."""
+
+
 class GeneratorError(LoadgenError):
     """The generator itself failed (a shard died, no file descriptors): no measurement."""

@@ -97,6 +97,13 @@ class ServerError(Struct):
     code: int | str | None = None
 
     @property
+    def is_death(self) -> bool:
+        """vLLM's words when its engine is dead; whatever else the answer says, it will not come
+        back by waiting."""
+        return "EngineCore encountered an issue" in self.message or "EngineDead" in (
+            f"{self.type} {self.message}")
+
+    @property
     def is_queue_limit(self) -> bool:
         """The server turned the request away because it is full (vLLM's --max-num-queued-reqs,
         and what proxies say), not because it is broken."""

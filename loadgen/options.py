@@ -1,5 +1,7 @@
 """The command line's options: what several commands share, and what their words mean."""
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,19 @@ from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, S
 from loadgen.target import target_of
 
 
-class Duration(click.ParamType[Seconds]):
-    name = "duration"
+def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Seconds | None:
+    """Callback of options that take "60s"."""
+    try:
+        return None if value is None else Seconds.parse(value)
+    except ValueError as e:
+        raise click.BadParameter(str(e)) from None
 
-    def convert(self, value: Any, param: click.Parameter | None,
-                ctx: click.Context | None) -> Seconds:
-        try:
-            return value if isinstance(value, Seconds) else Seconds.parse(value)
-        except ValueError as e:
-            self.fail(str(e), param, ctx)
+
+def finite(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+    """Callback of options that take a number: nan and inf are none."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number that can be used")
+    return value
 
 
 WORDS = "loadgen.words"  # of the command line, as the manifest keeps them
@@ -50,7 +56,7 @@ def target_options(command: Any) -> Any:
         click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
                      help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
                      "or vLLM's ttft:1000 in ms."),
-        click.option("--target", type=click.FloatRange(0.5, 0.9999), default=0.95,
+        click.option("--target", type=click.FloatRange(0.5, 0.9999), callback=finite, default=0.95,
                      show_default=True, help="Share of requests that must meet the SLO."),
         click.option("--seed", type=click.IntRange(0, 2**40), help="Same seed, same plan. "
                      "Default: a fresh one, so that no cache knows the prompts."),
@@ -72,6 +78,9 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
         if server_options or options["server"]:
             raise click.UsageError("--base-url names a server that runs already: neither "
                                    "--server nor options after `--` can apply to it")
+        if not re.match(r"https?://[^/]", options["base_url"].strip()):
+            raise click.UsageError(f"--base-url {options['base_url']!r}: write it with its scheme, "
+                                   "as http://127.0.0.1:8000")
         return RemoteServer(target_of(options["base_url"], options["model"] or ""))
     from servers.sim.launch import SimServer  # noqa: PLC0415
 
@@ -85,6 +94,10 @@ def headers_of(options: dict[str, Any]) -> dict[str, str]:
         if not eq or not key.strip():
             raise click.UsageError("--header: write K=V, as --header X-Team=search")
         headers[key.strip()] = value
+    for name, value in (*headers.items(), ("api key", options["api_key"] or "")):
+        if re.search(r"[\x00-\x1f\x7f]", name + value):
+            raise click.UsageError(f"--header and --api-key: {name!r} holds a line break or "
+                                   "another control character")
     if options["api_key"]:
         headers["Authorization"] = f"Bearer {options['api_key']}"
     return headers
@@ -104,8 +117,9 @@ def levels_of(text: str | None, most: float, axis: str) -> tuple[float, ...]:
         levels = tuple(sorted({float(x) for x in text.split(",")}))
     except ValueError:
         raise click.UsageError(f"--levels {text!r}: write numbers, as 1,2,4") from None
-    whole = axis == "rate" or all(x == int(x) for x in levels)
-    if not levels or levels[0] <= 0 or levels[-1] > most or not whole:
+    fits = all(math.isfinite(x) and 0 < x <= most and (axis == "rate" or x == int(x))
+               for x in levels)
+    if not fits:
         raise click.UsageError(f"--levels {text!r}: levels go from more than 0 to {most:g}"
                                + ("" if axis == "rate" else ", in whole numbers"))
     return levels

@@ -148,7 +148,7 @@ class Recorder:
         self._headers_ns = now_ns
         self.status = status
         self._retry_after = retry_after
-        self._is_stream = status == 200 and "json" not in content_type
+        self._is_stream = status == 200 and "json" not in content_type.lower()
 
     def feed(self, now_ns: int, data: bytes) -> None:
         """Body bytes arrived in one read."""
@@ -250,8 +250,9 @@ class Recorder:
         if self.status == 200:
             said_error = b'"error"' in self._body[:2000]
             self.fatal = Outcome.SERVER_ERROR_EVENT if said_error else Outcome.BAD_STREAM
-        elif (self.status == 429 or self.status in self._throttle_status
-              or (self.status == 503 and (self._retry_after or error.is_queue_limit))):
+        elif not error.is_death and (
+                self.status == 429 or self.status in self._throttle_status
+                or (self.status == 503 and (self._retry_after or error.is_queue_limit))):
             self.fatal = Outcome.THROTTLED
         else:
             self.fatal = Outcome.HTTP_ERROR

@@ -7,10 +7,11 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -56,7 +57,7 @@ def run_sweep(session: Session, plan: SweepPlan, view: View) -> SweepResult:
     """Drives the search to its stop; everything is in the run folder when this returns."""
     async def body(executor: "_Executor") -> SweepResult:
         return await sweep(plan, session.scenario, executor, view.judged)
-    return asyncio.run(_session(session, view, body))
+    return _drive(_session(session, view, body))
 
 
 def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
@@ -65,12 +66,20 @@ def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
         window, judgement = await run_one(leg, session.scenario, session.criteria, executor)
         view.judged(leg, judgement)
         return SweepResult([judgement], window.ending, window.note or "")
-    return asyncio.run(_session(session, view, body))
+    return _drive(_session(session, view, body))
+
+
+def _drive(session: Coroutine[Any, Any, SweepResult]) -> SweepResult:
+    try:
+        return asyncio.run(session)
+    except asyncio.CancelledError:  # Ctrl-C before the first leg
+        raise KeyboardInterrupt from None
 
 
 async def _session(session: Session, view: View,
                    body: "Callable[[_Executor], Awaitable[SweepResult]]") -> SweepResult:
     interrupt = _Interrupt()
+    RunFolder.check_free(session.out)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(asyncio.to_thread, session.server.stop)
         target = await _ready(session, session.server.start())

@@ -77,7 +77,6 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     stalls: list[tuple[int, int]] = []
     lag_p99_s: float = 0.0
     cpu_frac: float | None = None  # of one core, since the leg's clock began
-    last_due_ns: int = 0
     stopped_ns: int | None = None
     failed: str | None = None
 
@@ -159,7 +158,7 @@ class Shard:
                      sampled=run.sampled, good=run.good,
                      outcomes=dict(run.outcomes), stalls=self._stalls,
                      lag_p99_s=max(0.0, lag.value) if lag else 0.0, cpu_frac=self._cpu_frac(),
-                     last_due_ns=run.last_due_ns, stopped_ns=run.stopped_ns,
+                     stopped_ns=run.stopped_ns,
                      failed=_says(run.error))
 
 
@@ -201,7 +200,11 @@ def _gone() -> Never:
 async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
     checked = scenario.parse(setup.scenario, "setup")
     async with Client(setup.target, checked) as client:
-        shard = Shard(setup, client)
+        try:
+            shard = Shard(setup, client)
+        except StoreError as e:
+            _tell(Frame(kind="ready", failed=str(e)))
+            return
         _tell(Frame(kind="ready", t_ns=now_ns()))
         leg: asyncio.Task[None] | None = None
         while line := await lines.readline():

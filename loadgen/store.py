@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from loadgen.errors import StoreError
+from loadgen.errors import FolderError, StoreError
 from loadgen.leg import Leg, Window
 from loadgen.record import RequestRecord
 from loadgen.scenario import dec_hook, enc_hook
@@ -125,15 +125,23 @@ class RunFolder:
         self.torn = 0  # lines that could not be read so far
 
     @classmethod
+    def check_free(cls, path: Path) -> None:
+        """Raises FolderError if a run is there already, or a folder cannot be made there."""
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise FolderError(f"{path}: cannot be made: {there} is no folder that can be written")
+        if (path / "manifest.json").exists():
+            raise FolderError(f"{path} holds a run already; name another folder with --out")
+
+    @classmethod
     def create(cls, path: Path, manifest: Manifest) -> "RunFolder":
         """A new folder with its manifest. Raises StoreError if a run is there already."""
+        cls.check_free(path)
         folder = cls(path)
-        if (path / "manifest.json").exists():
-            raise StoreError(f"{path} holds a run already; name another folder with --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise StoreError(f"{path}: cannot be made: {e.strerror}") from e
+            raise FolderError(f"{path}: cannot be made: {e.strerror}") from e
         folder.write("manifest.json", msgspec.json.format(_encoder.encode(manifest)))
         return folder
 
@@ -167,11 +175,11 @@ class RunFolder:
         try:
             manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
         except OSError as e:
-            raise StoreError(f"{self.path} is no run folder: {path.name}: {e.strerror}") from e
+            raise FolderError(f"{self.path} is no run folder: {path.name}: {e.strerror}") from e
         except (msgspec.DecodeError, UnicodeDecodeError) as e:
             raise StoreError(f"{path}: {e}") from e
         if manifest.schema > SCHEMA:
-            raise StoreError(f"{path}: schema {manifest.schema} is newer than this loadgen's "
+            raise FolderError(f"{path}: schema {manifest.schema} is newer than this loadgen's "
                              f"({SCHEMA}); update loadgen to read it")
         return manifest
 

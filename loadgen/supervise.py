@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import metrics, scenario
-from loadgen.errors import GeneratorError
+from loadgen.errors import GeneratorError, StoreError
 from loadgen.leg import Ending, Leg, Window
 from loadgen.prompts import Ratio
 from loadgen.shard import Command, Frame, Setup
@@ -100,6 +100,14 @@ class Shards:
         self._news = asyncio.Event()  # a frame came, or a shard ended
 
     async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def _start(self) -> None:
         for i, setup in enumerate(self._setups):
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "loadgen.shard", stdin=asyncio.subprocess.PIPE,
@@ -111,9 +119,10 @@ class Shards:
         self._tasks.append(asyncio.create_task(self._lease()))
         await asyncio.gather(*(s.ready.wait() for s in self._shards))
         for shard in self._shards:
+            if shard.frame.failed:
+                raise StoreError(shard.frame.failed)
             if shard.dead:
                 raise GeneratorError(f"{shard.dead} before the first leg")
-        return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,
                         tb: TracebackType | None) -> None:
@@ -140,6 +149,8 @@ class Shards:
         for shard in self._shards:
             shard.ended.clear()
             shard.frame = Frame(kind="progress")
+            if shard.dead:
+                shard.ended.set()
             await shard.tell(Command("leg", leg, t0_ns))
         if self._interrupts:
             self._send_all("stop")

@@ -29,6 +29,14 @@ class Target(Struct, frozen=True):
         return f"Target({url!r}, {self.model!r}, {len(self.headers)} headers)"
 
 
+    def scrub(self, text: str) -> str:
+        """`text` without this target's secrets: servers repeat keys in their errors."""
+        for value in self.headers.values():
+            for secret in {value, value.removeprefix("Bearer ")}:
+                if len(secret) > 3:
+                    text = text.replace(secret, HIDDEN)
+        return text
+
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         return [("base_url", _without_password(self.base_url)), ("model", self.model)]
 

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from analysis import compare, frame
+from loadgen.errors import FolderError
 from loadgen.scenario import to_plain
 from tests import synthetic
 
@@ -61,4 +62,5 @@ def test_runs_that_are_not_alike_are_refused_with_the_fields(base: Path, tmp_pat
 
 
 def test_what_is_no_run_is_refused(base: Path, tmp_path: Path) -> None:
-    assert compare.show(Console(quiet=True), base, tmp_path / "nothing") == 2
+    with pytest.raises(FolderError, match="no run folder"):
+        compare.show(Console(quiet=True), base, tmp_path / "nothing")

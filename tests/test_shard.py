@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -339,9 +340,12 @@ asyncio.run(main())
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
                                process_group=0)
+    watchdog = threading.Timer(35, process.kill)  # a read from it must come back
+    watchdog.start()
     try:
         yield process
     finally:
+        watchdog.cancel()
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         if process.stdout is not None:
@@ -395,9 +399,12 @@ def shard_process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           process_group=0) as process:
+        watchdog = threading.Timer(20, process.kill)  # a read from it must come back
+        watchdog.start()
         try:
             yield process
         finally:
+            watchdog.cancel()
             process.kill()
 
 

@@ -18,7 +18,8 @@ class SimServer:
 
     def __init__(self, options: Sequence[str], log: Path) -> None:
         host = option(options, "--host") or "127.0.0.1"
-        port = option(options, "--port") or str(free_port())  # kept over restarts
+        asked = option(options, "--port")
+        port = asked if asked not in (None, "0") else str(free_port())  # kept over restarts
         key = option(options, "--api-key")
         model = option(options, "--served-model-name") or option(options, "--model")
         self._command = [sys.executable, "-m", "servers.sim", *options, "--host", host,
