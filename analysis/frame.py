@@ -4,6 +4,7 @@ telemetry as series. Made of the journals alone: a run that was killed loads as 
 
 import argparse
 import itertools
+import signal
 import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -213,6 +214,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def open_run(args: argparse.Namespace) -> Run:
     """The run that the arguments name; one line on stderr and exit 2 if there is none."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends us without a word
     try:
         return load(args.run, scenario.parse_slo(args.slo) if args.slo else None)
     except LoadgenError as e:

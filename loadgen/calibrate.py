@@ -43,9 +43,10 @@ async def wait_ready(target: Target, scenario: Scenario, alive: Callable[[], str
             if record.outcome is Outcome.OK:
                 return
             if record.status in (400, 401, 403, 404, 422):
+                why = (record.error or "").rstrip(".")
                 raise ScenarioError(
-                    f"{target.base_url} refuses a request for model {target.model!r}: "
-                    f"{record.error}. Check --model, --api-key and the scenario's sampling")
+                    f"{target.base_url} refuses a request for model {target.model!r}: {why}. "
+                    "Check --model, --api-key and the scenario's sampling")
             if time.monotonic() > until:
                 said = f" ({record.error})" if record.error else ""
                 raise ServerError(f"{target.base_url} gave no streamed answer within "

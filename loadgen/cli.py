@@ -304,7 +304,12 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     """Writes summary and report, says the verdict, gives the exit code."""
     from analysis import summary, words  # noqa: PLC0415
 
-    finished = summary.finish(folder, slo, report=html)
+    try:
+        finished = summary.finish(folder, slo, report=html)
+    except StoreError:
+        if result is not None and result.says:  # what came first must not be lost in what followed
+            click.echo(f"loadgen: {result.says}", err=True)
+        raise
     console = Console()
     console.print()
     for paragraph in words.verdict(finished):

@@ -68,7 +68,7 @@ class LegRun:
             for slot in self._slots(load):
                 self._fly(self._slot(slot, load.concurrency))
         else:
-            self._fly(self._schedule(load.max_inflight))
+            self._fly(self._schedule(max(1, load.max_inflight // self.work.of)))
         while self.flights:
             await asyncio.wait(self.flights)
         for helper in helpers:

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import calibrate, scenario
+from loadgen.errors import StoreError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
 from loadgen.prompts import Ratio
@@ -125,18 +126,23 @@ class _Executor:
         self._offsets: dict[Path, int] = {}
         self._rows: list[Row] = []
         self._troubles = 0
+        self._spoiled: str | None = None
         self._progress: Progress | None = None
 
     async def watch(self) -> None:
-        """Until cancelled: telemetry."""
-        journal = self._folder.telemetry("server")
-        simulated = bool(self._session.server.facts().get("simulated"))
-        await watch.watch(self._target, journal, self._rows, simulated)
+        """Until cancelled: telemetry. If it cannot be kept, the leg fails: a level whose KV cache
+        nobody saw must not be called safe."""
+        facts = self._session.server.facts()
+        try:
+            journal = self._folder.telemetry("server")
+            await watch.watch(self._target, journal, self._rows, bool(facts.get("simulated")))
+        except StoreError as e:
+            self._spoiled = str(e)
 
     async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
         del self._rows[:-200]  # the last samples before the window are needed for differences
         self._troubles, self._progress = 0, None
-        window = await self._shards.run(leg, self._died, self._show)
+        window = await self._shards.run(leg, self._died, self._show, lambda: self._spoiled)
         records = [r for r in self._folder.records(self._offsets) if r.leg == leg.id]
         return window, records, signs_of(window, series(self._rows, "server"))
 
@@ -162,6 +168,8 @@ class _Executor:
         self._troubles = troubles
         if (why := await watch.is_healthy(self._target)) is None:
             return None
+        if server.facts()["kind"] == "remote":
+            return why
         for _ in range(50):  # an engine's death takes the API server seconds to follow
             if (exited := server.alive()) is not None:
                 return exited

@@ -140,9 +140,12 @@ class Shards:
             task.cancel()
 
     async def run(self, leg: Leg, died: Callable[[], Awaitable[str | None]],
-                  show: Callable[[Progress], None]) -> Window:
-        """Runs a leg to the end of its last request. `died()` says why the server is dead, or
-        None; `show` gets progress twice a second."""
+                  show: Callable[[Progress], None],
+                  spoiled: Callable[[], str | None] = lambda: None) -> Window:
+        """Runs a leg to the end of its last request. `died()` says why the server is dead,
+        `spoiled()` why the measurement cannot be kept, or None; `show` gets progress twice a
+        second."""
+        self._spoiled = spoiled
         t0_ns = now_ns() + round(HEAD_START_S * 1e9)
         journal = self._folder.legs_journal()
         journal.append(LegLine(leg=leg))
@@ -213,8 +216,8 @@ class Shards:
         return ("done" if all(f.leg == leg.id and f.complete for f in ours) else None), None
 
     def _broken(self) -> str | None:
-        return next((s.dead or s.frame.failed for s in self._shards if s.dead or s.frame.failed),
-                    None)
+        failed = (s.dead or s.frame.failed for s in self._shards)
+        return self._spoiled() or next((why for why in failed if why), None)
 
     def _progress(self, leg: Leg, t0_ns: int) -> Progress:
         frames = [s.frame for s in self._shards if s.frame.leg == leg.id]

@@ -15,6 +15,9 @@ from loadgen.errors import ServerError
 from loadgen.target import Target
 
 STOP_S = 10.0
+_CAUSES = (  # what names the cause of a death, best first; EngineDeadError names none
+    r"out of memory", r"address already in use", r"^(?!.*(EngineDead|stack trace)).*error",
+    r"refused|cannot|invalid")
 
 
 class Server(Protocol):
@@ -64,8 +67,10 @@ class ServerProcess:
     def last_words(self) -> str:
         """The line of the log that most likely names the cause."""
         lines = self.tail(200)
-        errors = [x for x in lines if re.search(r"error|memory|refused|cannot|in use", x, re.I)]
-        return (errors or lines or ["(empty)"])[-1].strip()[:300]
+        for pattern in _CAUSES:
+            if found := [x for x in lines if re.search(pattern, x, re.IGNORECASE)]:
+                return found[-1].strip()[:300]
+        return (lines or ["(empty)"])[-1].strip()[:300]
 
     def tail(self, n: int) -> list[str]:
         with self._log.open(encoding="utf-8", errors="replace") as f:
