@@ -29,7 +29,7 @@ TERMS = {
                "truncated, stalled, dropped, cancelled and censored ones are misses",
     "offered": "starts per second that were due in the window",
     "achieved": "complete answers per second; one under way at an edge of the window counts by the "
-                "share of its tokens that came inside",
+                "share of its time inside",
     "attainment": "share of good requests among all that were due in the window",
 }
 
@@ -72,16 +72,18 @@ def e2e_s(r: RequestRecord) -> float | None:
 
 
 def share_inside(r: RequestRecord, from_ns: int, to_ns: int) -> float:
-    """Which share of an answer's token events came in from_ns ≤ t < to_ns: what it adds to the
-    window's throughput. Counting only whole answers would make 7 s of a level with answers of 4 s
-    read 0.14 or 0.28 per second, by luck. Of an answer that we cancelled, what came counts
-    against all that it would have had; other failures bring no throughput."""
+    """Which share of an answer's time lies in from_ns ≤ t < to_ns: what it adds to the window's
+    throughput. Counting only whole answers would make 7 s of a level with answers of 4 s read
+    0.14 or 0.28 per second, by luck. An answer that we cancelled is taken to go on as it went:
+    its tokens so far against all that it was asked for; other failures bring no throughput."""
     if r.first_ns is None or r.outcome not in (Outcome.OK, Outcome.CANCELLED):
         return 0.0
-    stamps = r.first_ns + 1000 * np.concatenate([[0], np.cumsum(r.gaps_us, dtype=np.int64)])
-    inside = np.searchsorted(stamps, to_ns) - np.searchsorted(stamps, from_ns)
-    whole = r.n_events if r.outcome is Outcome.OK else max(r.max_tokens or 0, r.n_events)
-    return float(inside) / whole
+    whole_ns = float(r.end_ns - r.due_ns)
+    if r.outcome is Outcome.CANCELLED:
+        written = r.n_events / max(r.max_tokens or 0, r.n_events)
+        whole_ns = r.first_ns - r.due_ns + (r.end_ns - r.first_ns) / written
+    inside_ns = max(0, min(r.end_ns, to_ns) - max(r.due_ns, from_ns))
+    return inside_ns / whole_ns if whole_ns > 0 else 0.0
 
 
 def age_s(r: RequestRecord) -> float | None:
