@@ -10,12 +10,11 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pandas as pd
 from msgspec import Struct
 
-from loadgen import metrics, scenario, validity
+from loadgen import metrics, scenario
 from loadgen.errors import LoadgenError
 from loadgen.judge import Criteria, Judgement, ServerSigns, is_due, judge
 from loadgen.leg import Axis, Leg, Window
@@ -24,10 +23,9 @@ from loadgen.record import RequestRecord
 from loadgen.scenario import Scenario, Slo
 from loadgen.store import Manifest, Row, RunFolder
 from loadgen.telemetry.signs import series, signs_of
-from loadgen.validity import Finding
 
 Series = Sequence[tuple[int, float]]  # (t_ns, value), ascending
-Ints = np.ndarray[tuple[int], np.dtype[np.int32]]
+Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 COLUMNS = (
@@ -58,7 +56,7 @@ class Run(Struct, frozen=True, eq=False):
 
     def gaps_s(self, *legs: str) -> Floats:
         """Event gaps of the samples of these legs, pooled, s."""
-        return np.concatenate([np.empty(0, np.int32), *(self.gaps_us[x] for x in legs)]) / 1e6
+        return np.concatenate([np.empty(0, np.int64), *(self.gaps_us[x] for x in legs)]) / 1e6
 
     def sample(self, *legs: str) -> pd.DataFrame:
         f = self.frame
@@ -95,21 +93,18 @@ def load(path: Path, slo: Slo | None = None) -> Run:
     for r in folder.records():
         records.setdefault(r.leg, []).append(r)
     started = folder.legs()
-    broken = {leg.id for leg, window in started if window is None}
     legs = _with_windows(started, records)
     telemetry = _telemetry(folder.rows())
     signs = [signs_of(window, telemetry.get("server", {})) for _, window in legs]
     judgements = []
     for (leg, window), said in zip(legs, signs, strict=True):
-        own = records.get(leg.id, [])
-        j = judge(leg, window, own, said, mix, criteria)
-        judgements.append(_doubted(j) if leg.id in broken else j)
+        judgements.append(judge(leg, window, records.get(leg.id, []), said, mix, criteria))
     t0_ns = min((w.t0_ns for _, w in legs if w.t0_ns), default=0)
-    gaps = {leg.id: array("i") for leg, _ in legs}
+    gaps = {leg.id: array("q") for leg, _ in legs}
     rows = [_row(r, leg, window, mix, t0_ns, gaps[leg.id])
             for leg, window in legs for r in records.get(leg.id, ())]
     return Run(folder, manifest, mix, criteria, legs, _frame(rows), judgements, signs, telemetry,
-               t0_ns, folder.torn, {x: np.frombuffer(g, np.int32) for x, g in gaps.items()})
+               t0_ns, folder.torn, {x: np.frombuffer(g, np.int64) for x, g in gaps.items()})
 
 
 def _with_windows(legs: Sequence[tuple[Leg, Window | None]],
@@ -137,13 +132,6 @@ def _salvaged(leg: Leg, records: Sequence[RequestRecord], before_ns: int) -> Win
     return Window(leg=leg.id, t0_ns=t0, from_ns=from_ns, to_ns=max(from_ns, known_ns + 1),
                   end_ns=max((r.end_ns for r in records), default=t0), ending="interrupted",
                   note="the run ended before this leg did")
-
-
-def _doubted(j: Judgement) -> Judgement:
-    findings = [*j.findings, Finding(
-        "interrupted", "SUSPECT", "the leg broke off; it is judged up to the first request that "
-        "left no record", "run the level again")]
-    return msgspec.structs.replace(j, findings=findings, measurement=validity.verdict(findings))
 
 
 # ------------------------------------------------------------------------------------- the frame

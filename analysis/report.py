@@ -268,12 +268,13 @@ def _classes(run: Run) -> Iterator[list[str]]:
     f = run.frame[run.frame["in_window"] & ~run.frame["void"]]
     for (cls, value), own in f.groupby(["cls", "value"]):
         yield [str(cls), f"{value:g}", str(len(own)), f"{int(own['good'].sum())} of {len(own)}",
-               *(duration(_median(own[f"{x}_s"])) for x in ("ttft", "tpot", "e2e")),
-               number(_median(own["output_tok"]), ".0f")]
+               *(duration(_median(own, f"{x}_s", steps.cut_off(own, x)))
+                 for x in ("ttft", "tpot", "e2e")),
+               number(_median(own, "output_tok"), ".0f")]
 
 
-def _median(values: "pd.Series[float]") -> float | None:
-    found = metrics.quantile(values.dropna(), 0.5)
+def _median(own: pd.DataFrame, name: str, cut_off: Iterable[float] = ()) -> float | None:
+    found = metrics.quantile(own[name].dropna(), 0.5, cut_off)
     return found.value if found else None
 
 

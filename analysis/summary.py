@@ -72,7 +72,7 @@ def write_parquet(run: Run) -> Path:
              "output_ref")
     lists = ("gaps_us", "reads", "event_tok")
     schema = pa.schema([
-        (f.name, pa.string() if f.name in texts else pa.list_(pa.int32()) if f.name in lists
+        (f.name, pa.string() if f.name in texts else pa.list_(pa.int64()) if f.name in lists
          else pa.int64()) for f in msgspec.structs.fields(RequestRecord)])
     target = run.folder.path / "records.parquet"
     temporary = target.with_name(".records.parquet.tmp")

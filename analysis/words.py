@@ -141,7 +141,7 @@ def of_leg(run: Run, j: Judgement) -> Verdict:
     if j.load == "SAFE":
         head, rest = f"Met at {where}", [share + "; " + _at_least(run, j.lower)]
     elif j.load == "UNSAFE":
-        head = f"Not met at {where}"
+        head = f"The server died at {where}" if j.died else f"Not met at {where}"
         rest = [_unsafe(run, [j], j.value, f"met {slo_of(run)}"),
                 f"Asked for: {percent(run.criteria.target)} of the requests."]
     else:
@@ -159,7 +159,7 @@ def of_leg(run: Run, j: Judgement) -> Verdict:
 
 def load_of(run: Run, value: float) -> str:
     if run.axis == "rate":
-        return f"{value:g} requests per second"
+        return f"{value:g} request{'s' if value != 1 else ''} per second"
     return f"{value:g} concurrent request{'s' if value != 1 else ''}"
 
 

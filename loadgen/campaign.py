@@ -22,6 +22,9 @@ from loadgen.scenario import convert
 from loadgen.store import RunFolder
 from loadgen.target import without_secrets
 
+CODES = "exit-codes.json"
+COMPLETE = frozenset({0, 1, 5})  # came to a verdict, or to "inconclusive"; others are run again
+
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]
 
 
@@ -65,8 +68,10 @@ def words_of(run: PlannedRun) -> list[str]:
 
 
 def execute(campaign: Campaign, out: Path, invoke: Callable[[list[str]], int],
-            say: Callable[[str], None]) -> Iterator[tuple[PlannedRun, int | None]]:
-    """Each run with its exit code; None: it was complete already. Raises StoreError."""
+            say: Callable[[str], None]) -> Iterator[tuple[PlannedRun, int, bool]]:
+    """Each run with its exit code, and whether it was run now: one that came to a verdict before
+    is not. Raises StoreError."""
+    codes = _codes(out)
     for r in campaign.runs:
         folder, words = out / r.name, words_of(r)
         command = ["loadgen", *without_secrets(words)]
@@ -75,8 +80,8 @@ def execute(campaign: Campaign, out: Path, invoke: Callable[[list[str]], int],
             if before != command:
                 raise StoreError(f"{folder} holds a run of another command ({shlex.join(before)});"
                                  " name another --out, or remove it")
-            if (folder / "summary.json").exists():
-                yield r, None
+            if codes.get(r.name) in COMPLETE and (folder / "summary.json").exists():
+                yield r, codes[r.name], False
                 continue
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             say(f"{r.name}: an earlier try did not finish; kept as {unfinished.name}")
@@ -84,7 +89,17 @@ def execute(campaign: Campaign, out: Path, invoke: Callable[[list[str]], int],
                 raise StoreError(f"{unfinished} exists already; remove it")
             folder.rename(unfinished)
         say(f"── {r.name}: {shlex.join(command)}")
-        yield r, invoke([words[0], f"--out={folder}", *words[1:]])
+        code = invoke([words[0], f"--out={folder}", *words[1:]])
+        codes[r.name] = code
+        out.mkdir(parents=True, exist_ok=True)
+        RunFolder(out).write(CODES, msgspec.json.encode(codes))
+        yield r, code, True
+
+
+def _codes(out: Path) -> dict[str, int]:
+    """Exit codes of the runs so far, by name."""
+    path = out / CODES
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, int]) if path.exists() else {}
 
 
 COLUMNS = ("run", "verdict", "safe", "unsafe", "met SLO", "knee", "peak req/s", "TTFT p50 ms",

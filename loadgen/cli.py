@@ -2,13 +2,13 @@
 
 import secrets
 import sys
+import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-from rich.console import Console
 
 from loadgen import __version__, scenario
 from loadgen.errors import (
@@ -19,7 +19,6 @@ from loadgen.errors import (
     ServerError,
     StoreError,
 )
-from loadgen.judge import Criteria
 from loadgen.leg import Leg
 from loadgen.options import (
     WORDS,
@@ -127,7 +126,11 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
     """
     chosen = scenario.load(name)
     load = load_of(chosen, options)
+    if options["duration"] and options["num_prompts"]:
+        raise click.UsageError("give --duration or --num-prompts, not both")
     duration_s: Seconds | None = options["duration"] or chosen.duration_s
+    if options["num_prompts"]:
+        duration_s = None
     if isinstance(load, Trace) and duration_s is None:
         duration_s = Seconds(max(load.due_s, default=0.0) + 1.0)
     if duration_s is None and options["num_prompts"] is None:
@@ -192,6 +195,8 @@ def doctor(base_url: str | None) -> None:
     loadgen doctor
     loadgen doctor --base-url http://127.0.0.1:8000
     """
+    from rich.console import Console  # noqa: PLC0415
+
     from loadgen import doctor as checks  # noqa: PLC0415
 
     raise SystemExit(checks.show(Console(), base_of(base_url) if base_url else None))
@@ -206,6 +211,8 @@ def compare(base: Path, new: Path) -> None:
     \b
     loadgen compare runs/before runs/after
     """
+    from rich.console import Console  # noqa: PLC0415
+
     from analysis import compare as comparing  # noqa: PLC0415
 
     raise SystemExit(comparing.show(Console(), base, new))
@@ -246,9 +253,9 @@ def campaign(file: Path, out: Path | None) -> None:
     planned = campaigns.load(file)
     folder = out or Path("runs") / planned.name
     codes = []
-    for r, code in campaigns.execute(planned, folder, _invoke, click.echo):
-        codes.append(code or PASS)
-        click.echo(f"{r.name}: {'complete already' if code is None else f'exit code {code}'}")
+    for r, code, again in campaigns.execute(planned, folder, _invoke, click.echo):
+        codes.append(code)
+        click.echo(f"{r.name}: {'' if again else 'complete already, '}exit code {code}")
         if code == INTERRUPTED:
             break
     rows = campaigns.summaries(planned, folder)
@@ -277,6 +284,9 @@ def _invoke(words: list[str]) -> int:
 def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], do: Any,
              budget_s: float | None) -> None:
     """Everything that sweep and run have in common, to the exit code."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from loadgen.judge import Criteria  # noqa: PLC0415
     from loadgen.runner import Session  # noqa: PLC0415
     from loadgen.view import View  # noqa: PLC0415
 
@@ -302,6 +312,8 @@ def _run_name(chosen: Scenario) -> str:
 
 def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> int:
     """Writes summary and report, says the verdict, gives the exit code."""
+    from rich.console import Console  # noqa: PLC0415
+
     from analysis import summary, words  # noqa: PLC0415
 
     try:
@@ -330,6 +342,8 @@ def _exit_code(finished: Any, result: Any) -> int:
     if stop == "interrupted" or (stop is None and endings[-1:] == ["interrupted"]):
         return INTERRUPTED
     last = finished.judgements[-1] if finished.judgements else None
+    if last is None:
+        return INVALID
     if len(finished.legs) == 1 and last is not None and finished.is_run:
         if last.measurement == "INVALID":
             return INVALID
@@ -360,7 +374,11 @@ def entry(words: list[str] | None = None) -> None:
         click.echo(f"loadgen: {e}", err=True)
         raise SystemExit(_EXIT.get(type(e), USAGE)) from None
     except (KeyboardInterrupt, click.Abort):
+        click.echo("loadgen: interrupted", err=True)
         raise SystemExit(INTERRUPTED) from None
+    except Exception:  # noqa: BLE001  (a bug of ours must not read as "SLO not met")
+        traceback.print_exc()
+        raise SystemExit(INVALID) from None
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ class Client:
 
         def session(**pool: Any) -> aiohttp.ClientSession:
             return aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=self.target.verify_tls,
-                                               ttl_dns_cache=None, **pool),
+                connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=None, **pool),
                 timeout=_NO_TIMEOUT, trace_configs=[trace], read_bufsize=2**20, headers=headers)
 
         self._session = session(keepalive_timeout=_KEEPALIVE_S)

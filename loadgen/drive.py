@@ -62,6 +62,7 @@ class LegRun:
         connections = len(self._slots(load)) if isinstance(load, Closed) else 16
         helpers = [asyncio.create_task(self._prepared.fill()), asyncio.create_task(
             self.work.client.open_connections(min(connections, 512)))]
+        helpers[0].add_done_callback(self._landed)
         # connections that will not open must not hold up the load
         await asyncio.wait(helpers[1:], timeout=max(0.0, (self.t0_ns - now_ns()) / 1e9))
         if isinstance(load, Closed):

@@ -32,6 +32,7 @@ class ServerSigns(Struct, frozen=True):
     running_mean: float | None = None
     waiting_mean: float | None = None
     late_step_frac: float | None = None  # the simulator's own lag
+    blind: bool = False  # it told before, and not in this window
     died: str | None = None
 
 
@@ -107,7 +108,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     sure = criteria.refute if leg.phase == "ladder" else criteria.confidence
     upper = metrics.upper_bound(good, n, sure)
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
-    findings = validity.check(leg, window, sample, signs.late_step_frac)
+    findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind)
     distress = _distress(signs, n)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()

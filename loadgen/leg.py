@@ -44,6 +44,7 @@ class Window(Struct, frozen=True):
     stalls: list[tuple[int, int]] = []
     lag_p99_s: float | None = None  # event-loop lag of the shards, worst shard
     cpu_frac: float | None = None  # CPU of the busiest shard, of one core
+    records: int | None = None  # that the shards wrote; fewer in the journals are lost ones
     note: str | None = None
 
     def is_void(self, due_ns: int, end_ns: int) -> bool:

@@ -5,10 +5,10 @@ special token; skipping them reported 44 ms between tokens where there were 6.4)
 `choices`, except the role-only first one, a finish-only one (`delta: {}`) and a usage-only one.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from loadgen.scenario import RequestClass, Sampling
 
@@ -37,16 +37,20 @@ def conversation(endpoint: str, model: str, messages: list[dict[str, str]], max_
     return _encode(what | {k: v for k, v in given.items() if v is not None})
 
 
+Count = Annotated[int, Meta(ge=0, lt=2**31)]  # what else a server says is no number of tokens
+
+
 class Usage(Struct):
     """Token counts by the server; `cached` of the prompt's came from its prefix cache."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
     prompt_tokens_details: dict[str, Any] | None = None
 
     @property
     def cached_tokens(self) -> int | None:
-        return (self.prompt_tokens_details or {}).get("cached_tokens")
+        found = (self.prompt_tokens_details or {}).get("cached_tokens")
+        return found if isinstance(found, int) and 0 <= found < 2**31 else None
 
 
 class _Delta(Struct):

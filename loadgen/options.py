@@ -78,6 +78,9 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
         if server_options or options["server"]:
             raise click.UsageError("--base-url names a server that runs already: neither "
                                    "--server nor options after `--` can apply to it")
+        if re.search(r"[?#]", options["base_url"]):
+            raise click.UsageError("--base-url: give it without a query; a key belongs into "
+                                   "--api-key or --header, which are never written down")
         if not re.match(r"https?://[^/]", options["base_url"].strip()):
             raise click.UsageError(f"--base-url {options['base_url']!r}: write it with its scheme, "
                                    "as http://127.0.0.1:8000")

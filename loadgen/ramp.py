@@ -36,7 +36,7 @@ LEG_OF_E2E = 1.5  # a level is measured for this many answers: less would only s
 
 
 class SweepPlan(Struct, frozen=True):
-    """What the search may do. `levels` ascend; `arrivals` is for the rate axis."""
+    """What the search may do. `levels` ascend; a rate's arrivals are Poisson."""
 
     axis: Axis
     levels: tuple[float, ...]
@@ -44,7 +44,6 @@ class SweepPlan(Struct, frozen=True):
     seed: int
     criteria: Criteria
     can_restart: bool
-    arrivals: Literal["constant", "poisson", "gamma"] = "poisson"
 
 
 class State(Struct, frozen=True):
@@ -109,10 +108,10 @@ def _decide(state: State, spent_s: float) -> Action:
     assert level is not None
     if status(tested, level, plan.criteria) == "SAFE":
         return Stop("CONFIRMED", f"{level:g} is confirmed")
-    proof_s = _proof_s(tested, level, plan.budget_s - spent_s)
+    proof_s = _proof_s(plan, tested, level, plan.budget_s - spent_s)
     if proof_s is None:
-        return Stop("BUDGET", f"the budget of {plan.budget_s:.0f} s is spent before {level:g} "
-                    "could be confirmed; give more with --budget")
+        return Stop("BUDGET", f"what is left of {plan.budget_s:.0f} s is too short to confirm "
+                    f"{level:g}; give more with --budget")
     return RunLeg(_leg(state, level, "confirm", proof_s, tested))
 
 
@@ -145,8 +144,11 @@ def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], above: float, spent_s
     if last.load != "UNSAFE":
         cost_s = 2 * answer_s + _ladder_s(plan, tested, above)
     known_rps = before if last.load == "UNSAFE" else last.achieved_rps
+    left_s = plan.budget_s - spent_s
+    if left_s * known_rps < (metrics.needed_n(plan.criteria.target, 0.0) or 0):
+        return left_s > cost_s  # nothing can be proven here; higher up answers come faster
     proof_s = min(PROOF_N / max(known_rps, 0.1), plan.budget_s / 3) + answer_s
-    return plan.budget_s - spent_s > cost_s + proof_s
+    return left_s > cost_s + proof_s
 
 
 def _ladder_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> float:
@@ -166,12 +168,16 @@ def _answer_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> flo
     return took[-1].answer_s * (FULL_GROWTH if took[-1].load == "UNSAFE" else GROWTH)
 
 
-def _proof_s(tested: Sequence[Judgement], level: float, left_s: float) -> float | None:
-    """How long to confirm `level`, s; None if the rest of the budget cannot hold it."""
+def _proof_s(plan: SweepPlan, tested: Sequence[Judgement], level: float,
+             left_s: float) -> float | None:
+    """How long to confirm `level`, s; None if the rest of the budget cannot hold a proof."""
     here = [j for j in tested if j.value == level]
     answer_s = max((j.answer_s or 1.0 for j in here), default=1.0)
     least_s = max(MIN_LEG_S, LEG_OF_E2E * answer_s)
-    wanted_s = max(least_s, PROOF_N / max(0.01, *(j.achieved_rps for j in here)))
+    rps = max(0.01, *(j.achieved_rps for j in here))
+    if _looks_good(tested, level, plan.criteria):  # to refute takes few, to prove takes many
+        least_s = max(least_s, 0.8 * (metrics.needed_n(plan.criteria.target, 0.0) or 0) / rps)
+    wanted_s = max(least_s, PROOF_N / rps)
     room_s = left_s - 2.5 * answer_s  # warm-up, and the last answers
     return min(wanted_s, room_s) if room_s >= max(least_s, min(wanted_s, 15.0)) else None
 
@@ -188,7 +194,7 @@ def _leg(state: State, value: float, phase: Phase, measure_s: float,
     share = KNEE_WARMUP if lost and phase == "ladder" else 1.0
     warmup_s = max(1.0, min(share * answer_s, 1.2 * LEG_OF_BUDGET * plan.budget_s))
     load: Load = (Closed(concurrency=int(value)) if plan.axis == "concurrency"
-                  else Open(rate_rps=PerSecond(value), arrivals=plan.arrivals))
+                  else Open(rate_rps=PerSecond(value)))
     return Leg(id=f"{phase}-{value:g}-r{replicate}", axis=plan.axis, value=value, phase=phase,
                replicate=replicate, seed=plan.seed * 10_000 + state.legs, load=load,
                warmup_s=round(warmup_s, 3), measure_s=round(measure_s, 3),

@@ -40,7 +40,7 @@ _VERSIONS = ("loadgen", "aiohttp", "numpy", "msgspec", "locust", "vllm")
 
 
 class Session(Struct, frozen=True):
-    """What a run needs to know. `base_url` and `headers` go over the server's own where given."""
+    """What a run needs to know. `model` and `headers` go over the server's own where given."""
 
     scenario: Scenario
     server: Server
@@ -66,7 +66,8 @@ def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
     async def body(executor: "_Executor") -> SweepResult:
         window, judgement = await run_one(leg, session.scenario, session.criteria, executor)
         view.judged(leg, judgement)
-        return SweepResult([judgement], window.ending, window.note or "")
+        says = "interrupted" if window.ending == "interrupted" else ""
+        return SweepResult([judgement], window.ending, window.note or says)
     return _drive(_session(session, view, body))
 
 
@@ -93,7 +94,7 @@ async def _session(session: Session, view: View,
         executor = _Executor(session, target, folder, shards, view)
         watching = asyncio.create_task(executor.watch())
         stack.callback(watching.cancel)
-        interrupt.reaches(shards.interrupt)
+        interrupt.reaches(executor.interrupt)
         with view:
             return await body(executor)
 
@@ -127,6 +128,7 @@ class _Executor:
         self._rows: list[Row] = []
         self._troubles = 0
         self._spoiled: str | None = None
+        self._restarting: asyncio.Task[Any] | None = None
         self._progress: Progress | None = None
 
     async def watch(self) -> None:
@@ -148,8 +150,17 @@ class _Executor:
 
     async def restart(self, why: str) -> None:
         self._view.say(f"restarting the server: {why}")
+        self._restarting = asyncio.current_task()
         await asyncio.to_thread(self._session.server.stop)
         await _ready(self._session, self._session.server.start())
+        self._restarting = None
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the shards' affair, but while a server is waited for there is no load to end."""
+        if self._restarting is not None:
+            self._restarting.cancel()
+        else:
+            self._shards.interrupt()
 
     def _show(self, progress: Progress) -> None:
         self._progress = progress
@@ -168,8 +179,9 @@ class _Executor:
         self._troubles = troubles
         if (why := await watch.is_healthy(self._target)) is None:
             return None
-        if server.facts()["kind"] == "remote":
-            return why
+        if server.facts()["kind"] == "remote":  # one bad answer may be a proxy's hiccup
+            await asyncio.sleep(1)
+            return await watch.is_healthy(self._target)
         for _ in range(50):  # an engine's death takes the API server seconds to follow
             if (exited := server.alive()) is not None:
                 return exited

@@ -247,7 +247,7 @@ class Shards:
             leg=leg.id, t0_ns=t0_ns, from_ns=from_ns, to_ns=to_ns, end_ns=end_ns, ending=ending,
             stalls=sorted(x for f in frames for x in f.stalls),
             lag_p99_s=max(f.lag_p99_s for f in frames), cpu_frac=max(cpu, default=None),
-            note=note)
+            records=sum(f.done for f in frames), note=note)
 
 
 def is_lost(leg: Leg, done: int, good: int, elapsed_s: float) -> bool:

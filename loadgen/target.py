@@ -22,7 +22,6 @@ class Target(Struct, frozen=True):
     base_url: str  # without /v1 and without a trailing slash
     model: str
     headers: dict[str, str] = {}
-    verify_tls: bool = True
 
     def __repr__(self) -> str:
         url = _without_password(self.base_url)
@@ -49,7 +48,7 @@ def base_of(url: str) -> str:
 def target_of(url: str, model: str) -> Target:
     """The target of a URL. A user and password in it become the header that they stand for."""
     base = base_of(url)
-    match = re.match(r"(\w+://)([^/@]*)@(.*)", base)
+    match = re.match(r"(\w+://)([^/]*)@(.*)", base)
     if match is None:
         return Target(base, model)
     basic = base64.b64encode(urllib.parse.unquote(match[2]).encode()).decode()
@@ -77,7 +76,7 @@ def without_secrets(command: Sequence[str]) -> list[str]:
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(\w+://[^/@:\s]*):[^/@\s]*@", rf"\1:{HIDDEN}@", url)
+    return re.sub(r"(\w+://)[^/\s]*@", rf"\1{HIDDEN}@", url)
 
 
 def _is_secret(flag: str) -> bool:

@@ -32,11 +32,23 @@ class Finding(Struct, frozen=True):
     remedy: str
 
 
-def check(leg: Leg, window: Window, records: Sequence[RequestRecord],
-          server_lag_frac: float | None = None) -> list[Finding]:
+def check(leg: Leg, window: Window, records: Sequence[RequestRecord], n_read: int,
+          server_lag_frac: float | None = None, blind: bool = False) -> list[Finding]:
     """The rules that fire for a leg. `records`: those due in the window, voided ones left out;
-    `server_lag_frac`: share of the simulator's steps that came more than 5 ms late."""
+    `n_read`: all of the leg's that were read; `server_lag_frac`: share of the simulator's steps
+    that came more than 5 ms late; `blind`: the server's telemetry was lost in this window."""
     found = [*_starts(leg, records), *_host(window), *_tokens(records)]
+    if window.records is not None and n_read < window.records:
+        found.append(Finding(
+            "records-lost", "INVALID", f"{window.records - n_read} of {window.records} records "
+            "cannot be read: what is left is no sample", "look for the lines in records-*.jsonl"))
+    if window.ending == "interrupted":
+        found.append(Finding("interrupted", "SUSPECT", "the leg broke off; it is judged by what "
+                             "was due before", "run it again"))
+    if blind:
+        found.append(Finding(
+            "no-telemetry", "SUSPECT", "/metrics answered before, and not in this window: "
+            "preemptions and a full KV cache would not have been seen", "see the server's log"))
     if server_lag_frac is not None and server_lag_frac > 0.05:
         found.append(Finding(
             "simulator-late", "SUSPECT",

@@ -58,7 +58,8 @@ class View:
     # ---------------------------------------------------------------------------------- inside
 
     def _render(self) -> Group:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        gap = 2 if self._console.width >= 100 else 1
+        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
         for name in ("level", "phase"):
             table.add_column(name, no_wrap=True)
         for name in ("n", "good", "req/s", "TTFT p50", "TPOT p50", "E2E p50", "errors"):
@@ -72,7 +73,7 @@ class View:
 
     def _running(self, now: Progress) -> Table:
         total_s = now.leg.warmup_s + (now.leg.measure_s or 0.0)
-        state = ("stopping: awaiting what is in flight" if now.stopping
+        state = ("stopping" if now.stopping
                  else "draining" if now.leg.measure_s and now.elapsed_s > total_s
                  else "warm-up" if now.elapsed_s < now.leg.warmup_s else "measuring")
         good = f"{now.good}/{now.sampled} good" if now.sampled else f"{now.done} done"
@@ -120,6 +121,6 @@ def _verdict(j: Judgement) -> str:
     """The load verdict; the measurement's, where it is not VALID."""
     if j.measurement == "INVALID":
         return f"INVALID ({j.findings[0].rule})"
-    words = j.load if j.load != "UNRESOLVED" or j.phase == "confirm" else "not refuted"
+    words = "not refuted" if j.load == "UNRESOLVED" and j.phase == "ladder" else j.load
     suspect = f"; SUSPECT ({', '.join(f.rule for f in j.findings)})" if j.findings else ""
     return f"{words}{', cut short' if j.cut else ''}{suspect}"

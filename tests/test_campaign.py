@@ -27,8 +27,9 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def run_all(planned: campaign.Campaign, out: Path) -> tuple[list[list[str]], list[int | None]]:
-    """The commands that were invoked, and what each run gave."""
+def run_all(planned: campaign.Campaign, out: Path,
+            code: int = 0) -> tuple[list[list[str]], list[int]]:
+    """The commands that were invoked, and the exit code of each run."""
     invoked: list[list[str]] = []
 
     def invoke(words: list[str]) -> int:
@@ -36,9 +37,9 @@ def run_all(planned: campaign.Campaign, out: Path) -> tuple[list[list[str]], lis
         command = ["loadgen", *words]
         RunFolder.create(out / words[1].rpartition("/")[2], synthetic.manifest(command=command))
         (out / words[1].rpartition("/")[2] / "summary.json").write_text("{}", encoding="utf-8")
-        return 0
+        return code
 
-    codes = [code for _, code in campaign.execute(planned, out, invoke, lambda _: None)]
+    codes = [code for _, code, _ in campaign.execute(planned, out, invoke, lambda _: None)]
     return invoked, codes
 
 
@@ -54,7 +55,17 @@ def test_each_run_gets_a_folder_of_its_name_and_its_options_stay_behind_the_dash
 def test_what_is_complete_is_not_run_again(tmp_path: Path) -> None:
     planned = campaign.load(written(tmp_path, TWO))
     run_all(planned, tmp_path / "out")
-    assert run_all(planned, tmp_path / "out") == ([], [None, None])
+    assert run_all(planned, tmp_path / "out") == ([], [0, 0])
+
+
+def test_a_complete_run_keeps_its_exit_code_and_an_interrupted_one_is_run_again(
+        tmp_path: Path) -> None:
+    planned = campaign.load(written(tmp_path, TWO))
+    run_all(planned, tmp_path / "out", code=1)
+    assert run_all(planned, tmp_path / "out") == ([], [1, 1])
+    other = tmp_path / "other"
+    run_all(planned, other, code=130)
+    assert len(run_all(planned, other)[0]) == 2
 
 
 def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
@@ -69,7 +80,7 @@ def test_a_run_that_did_not_finish_is_kept_and_run_again(tmp_path: Path) -> None
     run_all(planned, tmp_path / "out")
     (tmp_path / "out" / "a" / "summary.json").unlink()
     invoked, codes = run_all(planned, tmp_path / "out")
-    assert codes == [0, None]
+    assert codes == [0, 0]
     assert [words[0] for words in invoked] == ["sweep"]
     assert (tmp_path / "out" / "a.unfinished" / "manifest.json").exists()
 

@@ -38,8 +38,8 @@ ALLOWED = {
     "calibrate": "client errors openai plan prompts record scenario target",
     "doctor": "metrics",
     "view": "judge leg supervise",
-    "runner": "calibrate judge leg prompts ramp record scenario store supervise sweep target "
-              "telemetry.server telemetry.signs view",
+    "runner": "calibrate errors judge leg prompts ramp record scenario store supervise sweep "
+              "target telemetry.server telemetry.signs view",
     "campaign": "errors scenario store target",
     "options": "errors scenario target",
     "cli": "options campaign doctor errors judge leg ramp runner scenario target view",

@@ -38,6 +38,7 @@ SECRET = "s3cr3t"
     ["--basic-auth", SECRET], ["--credentials", SECRET], ["--api-key", f"-{SECRET}"],
     ["--openai-api-key", SECRET], [f"http://user:{SECRET}@host:8000/v1"],
     [f"--base-url=https://user:{SECRET}@host/v1"], ["--base-url", f"https://:{SECRET}@host"],
+    [f"http://{SECRET}@host:8000"], [f"http://u:p@{SECRET}@host"],
     ["--api-key", "first", SECRET],  # vLLM takes several
 ])
 def test_a_secret_is_hidden_and_what_surrounds_it_is_not(command: Any) -> None:
@@ -52,7 +53,7 @@ def test_a_secret_is_hidden_and_what_surrounds_it_is_not(command: Any) -> None:
 def test_the_name_of_a_hidden_flag_stays() -> None:
     assert without_secrets(["--api-key=a", "--api-key", "b", "-H", "c: d"]) == [
         f"--api-key={HIDDEN}", "--api-key", HIDDEN, "-H", HIDDEN]
-    assert without_secrets(["http://u:p@h:1/v1"]) == [f"http://u:{HIDDEN}@h:1/v1"]
+    assert without_secrets(["http://u:p@h:1/v1"]) == [f"http://{HIDDEN}@h:1/v1"]
 
 
 def test_a_flag_after_a_secret_flag_is_no_secret() -> None:

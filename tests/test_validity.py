@@ -42,7 +42,7 @@ def found(leg: Leg = CLOSED, records: list[RequestRecord] | None = None,
     """Findings by rule."""
     if records is None:
         records = [record()] * 200
-    findings = validity.check(leg, window(**fields), records, lag_frac)
+    findings = validity.check(leg, window(**fields), records, len(records), lag_frac)
     assert len({f.rule for f in findings}) == len(findings)
     return {f.rule: f for f in findings}
 
@@ -129,7 +129,7 @@ def test_a_loop_that_lags_is_suspect(lag_s: Any, verdict: Any) -> None:
     assert verdicts(lag_p99_s=lag_s).get("loop-lag") == verdict
 
 
-@pytest.mark.parametrize("ending", ["done", "cut", "interrupted", "server_died"])
+@pytest.mark.parametrize("ending", ["done", "cut", "server_died"])
 def test_other_endings_are_no_fault_of_the_generator(ending: Any) -> None:
     assert found(ending=ending) == {}
 
@@ -210,3 +210,23 @@ def test_every_finding_says_what_and_what_to_do() -> None:
     assert set(said) == {"dropped", "late-starts", "generator-failed", "generator-cpu",
                          "loop-lag", "host-stall", "no-usage", "prompt-length", "simulator-late"}
     assert all(len(f.says) > 10 and len(f.remedy) > 10 for f in said.values())
+
+
+# ------------------------------------------------------------- what broke off, and what was lost
+
+
+def test_records_that_cannot_be_read_make_the_leg_invalid() -> None:
+    lost = validity.check(CLOSED, window(records=201), [record()] * 200, 200)
+    assert [(f.rule, f.verdict) for f in lost] == [("records-lost", "INVALID")]
+    assert "1 of 201" in lost[0].says
+    assert validity.check(CLOSED, window(records=200), [record()] * 200, 200) == []
+
+
+def test_a_leg_that_broke_off_is_suspect() -> None:
+    assert {r: f.verdict for r, f in found(ending="interrupted").items()} == {
+        "interrupted": "SUSPECT"}
+
+
+def test_a_window_whose_telemetry_was_lost_is_suspect() -> None:
+    blind = validity.check(CLOSED, window(), [record()] * 200, 200, None, True)
+    assert [(f.rule, f.verdict) for f in blind] == [("no-telemetry", "SUSPECT")]

@@ -5,6 +5,7 @@ few times and then left alone. A hung endpoint holds nothing up: each scrape has
 """
 
 import asyncio
+import math
 import re
 import time
 
@@ -14,7 +15,7 @@ from loadgen.store import Journal, Row
 from loadgen.target import Target
 
 PERIOD_S = 0.5
-TRIES = 3  # without an answer, before a source is left alone
+TRIES = 3  # without an answer, before a source that never gave one is left alone
 
 NAMES = {
     "vllm:num_requests_running": "running",
@@ -57,13 +58,13 @@ async def watch(target: Target, journal: Journal, keep: list[Row], simulated: bo
     """Until cancelled: appends rows to the journal and to `keep`."""
     headers = {k: v for k, v in target.headers.items() if k.lower() == "authorization"}
     timeout = aiohttp.ClientTimeout(total=2.0)
-    left = {"/metrics": TRIES, "/sim/gpu": TRIES if simulated else 0}
+    left = {"/metrics": float(TRIES), "/sim/gpu": TRIES if simulated else 0.0}
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
         while any(left.values()):
             began = time.monotonic()
             for path in [p for p, tries in left.items() if tries]:
                 rows = await _scrape(session, target.base_url + path)
-                left[path] = TRIES if rows else left[path] - 1
+                left[path] = math.inf if rows else left[path] - 1
                 for row in rows:
                     journal.append(row)
                 keep += rows

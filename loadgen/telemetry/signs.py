@@ -43,6 +43,8 @@ def signs_of(window: Window, server: Mapping[str, Sequence[tuple[int, float]]]) 
         prefix_hit_frac=hits / queries if queries and hits is not None else None,
         running_mean=_mean(gauge("running")), waiting_mean=_mean(gauge("waiting")),
         late_step_frac=late / steps if steps and late is not None else None,
+        blind=bool(server) and window.to_ns - window.from_ns > 4_000_000_000 and not any(
+            gauge(name) for name in server),
         died=(window.note or "no reason found") if window.ending == "server_died" else None)
 
 

@@ -1,22 +1,41 @@
 """The simulator as a server that is launched: a process of its own, so that it is loaded over
 real sockets and does not share the generator's interpreter."""
 
+import contextlib
+import io
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loadgen.errors import ScenarioError, ServerError
 from loadgen.target import Target, without_secrets
 from servers.base import ServerProcess, free_port, option
+from servers.sim.__main__ import parse
 
 DEFAULT_MODEL = "qwen2.5-7b"
+
+
+def _check(options: Sequence[str]) -> None:
+    """Raises ScenarioError, in the simulator's own words, if it does not know an option."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parse(list(options))
+    except SystemExit as e:
+        if e.code != 0:
+            words = said.getvalue().strip().rpartition("error: ")[2]
+            raise ScenarioError(f"options of the simulator: {words}") from None
+        raise  # --help
 
 
 class SimServer:
     """`options`: what stands after `--`, as `--gpu 4090d --model qwen2.5-7b`."""
 
     def __init__(self, options: Sequence[str], log: Path) -> None:
+        _check(options)
         host = option(options, "--host") or "127.0.0.1"
         asked = option(options, "--port")
         port = asked if asked not in (None, "0") else str(free_port())  # kept over restarts
@@ -30,6 +49,14 @@ class SimServer:
         self._process: ServerProcess | None = None
 
     def start(self) -> Target:
+        host, port = self._target.base_url.removeprefix("http://").rsplit(":", 1)
+        with socket.socket() as s:  # whoever has the port must not be taken for the simulator
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind((host, int(port)))
+            except (OSError, ValueError, OverflowError) as e:
+                raise ServerError(f"cannot listen on {host}:{port}: {e}; choose another port with "
+                                  "-- --port N") from e
         self._process = ServerProcess(self._command, self._log)
         return self._target
 
