@@ -200,9 +200,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return args
 
 
+def as_a_filter() -> None:
+    """For a process that is a script: `… | head` ends it without a word."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def open_run(args: argparse.Namespace) -> Run:
     """The run that the arguments name; one line on stderr and exit 2 if there is none."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends us without a word
     try:
         return load(args.run, scenario.parse_slo(args.slo) if args.slo else None)
     except LoadgenError as e:

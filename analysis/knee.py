@@ -169,4 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    frame.as_a_filter()
     main()

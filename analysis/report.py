@@ -302,4 +302,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    frame.as_a_filter()
     main()

@@ -188,4 +188,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    frame.as_a_filter()
     main()
