@@ -2,32 +2,26 @@
 stop it. The composition of all parts below the command line."""
 
 import asyncio
-import importlib.metadata
-import os
-import platform
 import signal
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from loadgen import calibrate, scenario
+from loadgen import calibrate, facts
 from loadgen.errors import StoreError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
-from loadgen.prompts import Ratio
 from loadgen.ramp import SweepPlan
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Scenario
-from loadgen.store import SCHEMA, Manifest, Row, RunFolder
+from loadgen.store import Row, RunFolder
 from loadgen.supervise import Progress, Shards
 from loadgen.sweep import SweepResult, run_one, sweep
-from loadgen.target import Target, without_secrets
+from loadgen.target import Target
 from loadgen.telemetry import server as watch
 from loadgen.telemetry.signs import series, signs_of
 from loadgen.view import View
@@ -36,7 +30,6 @@ from servers.base import Server
 PATIENCE_S = 60.0  # for a server that is up already, or the simulator
 TROUBLE = frozenset({Outcome.SERVER_ERROR_EVENT, Outcome.DISCONNECTED, Outcome.CONNECT_FAILED,
                      Outcome.HTTP_ERROR, Outcome.ABORTED})
-_VERSIONS = ("loadgen", "aiohttp", "numpy", "msgspec", "locust", "vllm")
 
 
 class Session(Struct, frozen=True):
@@ -86,7 +79,9 @@ async def _session(session: Session, view: View,
         stack.push_async_callback(asyncio.to_thread, session.server.stop)
         target = await _ready(session, session.server.start())
         ratios = await calibrate.ratios(target, session.scenario, session.seed)
-        folder = RunFolder.create(session.out, _manifest(session, target, ratios))
+        folder = RunFolder.create(session.out, facts.manifest(
+            session.out, ["loadgen", *session.command], session.scenario, session.seed,
+            session.criteria, target, session.server.facts(), ratios, session.processes))
         view.say(f"{session.scenario.name} → {target.model} at {target.base_url}; records in "
                  f"{folder.path}")
         shards = await stack.enter_async_context(Shards(
@@ -196,30 +191,3 @@ async def _ready(session: Session, target: Target) -> Target:
     target = msgspec.structs.replace(target, headers=headers, model=model)
     await calibrate.wait_ready(target, session.scenario, session.server.alive, session.patience_s)
     return target
-
-
-def _manifest(session: Session, target: Target, ratios: dict[str, Ratio]) -> Manifest:
-    return Manifest(
-        schema=SCHEMA, run=session.out.name,
-        created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=without_secrets(["loadgen", *session.command]),
-        scenario=scenario.to_plain(session.scenario), seed=session.seed,
-        target_frac=session.criteria.target, confidence=session.criteria.confidence,
-        base_url=target.base_url, model=target.model, server=session.server.facts(),
-        ratios=msgspec.to_builtins(ratios), versions=_versions(), host=_host(),
-        processes=session.processes)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _host() -> dict[str, object]:
-    return {"cores": os.cpu_count(), "machine": platform.machine(), "system": platform.platform(),
-            "load": os.getloadavg()[0], "clock_ns": time.get_clock_info("monotonic").resolution}

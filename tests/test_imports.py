@@ -38,7 +38,8 @@ ALLOWED = {
     "calibrate": "client errors openai plan prompts record scenario target",
     "doctor": "metrics",
     "view": "judge leg supervise",
-    "runner": "calibrate errors judge leg prompts ramp record scenario store supervise sweep "
+    "facts": "judge prompts scenario store target",
+    "runner": "calibrate errors facts judge leg ramp record scenario store supervise sweep "
               "target telemetry.server telemetry.signs view",
     "campaign": "errors scenario store target",
     "options": "errors scenario target",
