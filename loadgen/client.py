@@ -1,28 +1,25 @@
 """The only request I/O: sends a Shot with aiohttp, tells a Recorder what came, maps the library's
-exceptions to outcomes. Never raises for a request.
-
-Its own deadlines: `sock_read` of aiohttp never fires on a server that drips, so the first token,
-silence between events and the whole are watched here, by one timeout that moves.
-"""
+exceptions to outcomes. Never raises for a request."""
 
 import asyncio
 import errno
 import time
+from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import aiohttp
 
 from loadgen import __version__, openai
+from loadgen.deadline import Deadline
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
-from loadgen.scenario import Scenario, Timeouts
+from loadgen.scenario import Scenario
 from loadgen.target import Target
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 _OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 _KEEPALIVE_S = 4.0  # uvicorn closes an idle connection after 5 s: be first
 _STALE_NS = 1_000_000_000
-_LINGER_S = 1.0  # from the stream's proper end to the end of the body
 
 now_ns = time.monotonic_ns
 
@@ -90,16 +87,18 @@ class Client:
 
     async def _guarded(self, recorder: Recorder) -> tuple[Outcome | None, str | None]:
         """Runs the exchange; what ended it early, if anything, as an outcome and in words."""
-        watch = _Watch(self._scenario.timeouts_of(recorder.shot.cls),
-                       recorder.shot.abandon_after_s)
+        clock_s = asyncio.get_running_loop().time
+        deadline = Deadline(self._scenario.timeouts_of(recorder.shot.cls),
+                            recorder.shot.abandon_after_s, clock_s())
         try:
-            async with asyncio.timeout(None) as watch.timeout:
-                watch.start()
-                await self._exchange(recorder, watch)
+            async with asyncio.timeout_at(deadline.when_s) as timeout:
+                def progress() -> None:
+                    deadline.progress(recorder, clock_s())
+                    timeout.reschedule(deadline.when_s)
+
+                await self._exchange(recorder, progress)
         except TimeoutError:
-            if watch.waits_for is Outcome.TIMEOUT_FIRST_TOKEN and recorder.sent_ns is None:
-                return Outcome.CONNECT_FAILED, "no connection within the first-token time"
-            return watch.waits_for, None
+            return deadline.passed(recorder)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None:  # the request is what was cancelled; its task lives on
@@ -117,18 +116,18 @@ class Client:
             return Outcome.DROPPED, f"{type(e).__name__}: {e}"
         return None, None
 
-    async def _exchange(self, recorder: Recorder, watch: "_Watch") -> None:
+    async def _exchange(self, recorder: Recorder, progress: Callable[[], None]) -> None:
         """One request; sent once more if the kept-alive connection turned out to be closed."""
         try:
-            await self._request(self._session, recorder, watch)
+            await self._request(self._session, recorder, progress)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:
             if isinstance(e, aiohttp.ClientConnectorError) or not _was_stale(recorder):
                 raise
             recorder.stale_retries += 1
-            await self._request(self._fresh, recorder, watch)
+            await self._request(self._fresh, recorder, progress)
 
     async def _request(self, session: aiohttp.ClientSession, recorder: Recorder,
-                       watch: "_Watch") -> None:
+                       progress: Callable[[], None]) -> None:
         async with session.post(self._url, data=recorder.shot.body, allow_redirects=False,
                                 trace_request_ctx=recorder) as answer:
             recorder.response(now_ns(), answer.status, answer.headers.get("Content-Type", ""),
@@ -138,7 +137,7 @@ class Client:
                 if recorder.fatal is Outcome.BAD_STREAM:
                     answer.close()
                     return
-                watch.progress(recorder)
+                progress()
 
 
 def _was_stale(recorder: Recorder) -> bool:
@@ -146,37 +145,6 @@ def _was_stale(recorder: Recorder) -> bool:
     closed it while it was idle and has not seen this request."""
     reused = recorder.connect_wait_ns is None and recorder.status is None
     return reused and (recorder.sent_ns is None or now_ns() - recorder.sent_ns < _STALE_NS)
-
-
-class _Watch:
-    """The deadline that is next, and which outcome it means."""
-
-    def __init__(self, limits: Timeouts, abandon_after_s: float | None) -> None:
-        self.timeout: asyncio.Timeout
-        self.waits_for = Outcome.TIMEOUT_FIRST_TOKEN
-        self._limits = limits
-        self._abandon_after_s = abandon_after_s
-        self._events = 0
-
-    def start(self) -> None:
-        self._started = asyncio.get_running_loop().time()
-        self._until(Outcome.TIMEOUT_FIRST_TOKEN, self._started + self._limits.first_token_s)
-
-    def progress(self, recorder: Recorder) -> None:
-        """Called after each read: a token event moves the deadline, a ping does not."""
-        if recorder.ended:
-            self._until(Outcome.STALLED, asyncio.get_running_loop().time() + _LINGER_S)
-        elif recorder.n_events > self._events:
-            self._events = recorder.n_events
-            self._until(Outcome.STALLED,
-                        asyncio.get_running_loop().time() + self._limits.stall_s)
-
-    def _until(self, outcome: Outcome, when: float) -> None:
-        limits = [(when, outcome), (self._started + self._limits.total_s, Outcome.TIMEOUT_TOTAL)]
-        if self._abandon_after_s is not None:
-            limits.append((self._started + self._abandon_after_s, Outcome.ABANDONED))
-        when, self.waits_for = min(limits)
-        self.timeout.reschedule(when)
 
 
 # ------------------------------------------------------------- what aiohttp tells while it connects

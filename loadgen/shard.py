@@ -23,18 +23,17 @@ from typing import Any, Literal, Never
 import msgspec
 from msgspec import Struct
 
-from loadgen import metrics, scenario
+from loadgen import scenario
 from loadgen.client import Client, now_ns
 from loadgen.drive import LegRun, Work
 from loadgen.errors import GeneratorError, StoreError
 from loadgen.leg import Leg
 from loadgen.prompts import Ratio
+from loadgen.pulse import PROBE_S, Pulse
 from loadgen.store import SCHEMA, Header, Journal
 from loadgen.target import Target
 
 LEASE_S = 5.0
-PROBE_S = 0.02
-STALL_S = 0.25  # a loop this late did not merely wait its turn: the host or process stood still
 FRAME_S = 0.5
 
 
@@ -98,13 +97,11 @@ class Shard:
             client, journal, setup.shard, setup.of, itertools.count())
         self.running: LegRun | None = None
         self.leased_ns = now_ns()
-        self._lags: list[float] = []
-        self._stalls: list[tuple[int, int]] = []
-        self._cpu_from: tuple[int, float] | None = None  # (ns, CPU s) when the leg's clock began
+        self._pulse = Pulse(0)
 
     def begin(self, leg: Leg, t0_ns: int) -> LegRun:
         """From here on `running` takes stop and cancel."""
-        self._lags, self._stalls, self._cpu_from = [], [], None
+        self._pulse = Pulse(t0_ns)
         self.running = LegRun(self.work, leg, t0_ns)
         return self.running
 
@@ -123,19 +120,13 @@ class Shard:
         _tell(self._frame("ended", run))
 
     async def _report(self, run: LegRun) -> None:
-        """Progress frames, and the probe of the loop's own lag: due every 20 ms, it measures how
-        late the loop comes round to anything."""
+        """Progress frames, the pulse, and the lease."""
         next_frame, expired = now_ns(), 0
         while True:
             before = now_ns()
             await asyncio.sleep(PROBE_S)
             now = now_ns()
-            if now >= run.t0_ns and self._cpu_from is None:
-                self._cpu_from = (now, time.process_time())
-            late_s = (now - before) / 1e9 - PROBE_S
-            self._lags.append(late_s)
-            if late_s > STALL_S:
-                self._stalls.append((before, now))
+            self._pulse.beat(before, now)
             expired = expired + 1 if (now - self.leased_ns) / 1e9 > LEASE_S else 0
             if expired > 1 / PROBE_S:  # not right after a stall, that the parent had as well
                 run.error = GeneratorError("no lease from the parent: it is stopped or gone")
@@ -144,20 +135,14 @@ class Shard:
                 next_frame = now + round(FRAME_S * 1e9)
                 _tell(self._frame("progress", run))
 
-    def _cpu_frac(self) -> float | None:
-        """None for less than a second: it would be the start-up's."""
-        if self._cpu_from is None or now_ns() - self._cpu_from[0] < 1_000_000_000:
-            return None
-        since_ns, cpu_s = self._cpu_from
-        return (time.process_time() - cpu_s) / ((now_ns() - since_ns) / 1e9)
-
     def _frame(self, kind: Literal["progress", "ended"], run: LegRun) -> Frame:
-        lag = metrics.quantile(self._lags[-20_000:], 0.99) if kind == "ended" else None
+        pulse, ended = self._pulse, kind == "ended"
         return Frame(kind=kind, leg=run.leg.id, t_ns=now_ns(), inflight=self.work.client.inflight,
                      done=run.done, done_good=run.done_good, complete=run.complete,
                      sampled=run.sampled, good=run.good,
-                     outcomes=dict(run.outcomes), stalls=self._stalls,
-                     lag_p99_s=max(0.0, lag.value) if lag else 0.0, cpu_frac=self._cpu_frac(),
+                     outcomes=dict(run.outcomes), stalls=pulse.stalls,
+                     lag_p99_s=pulse.lag_p99_s() if ended else 0.0,
+                     cpu_frac=pulse.cpu_frac(now_ns()),
                      stopped_ns=run.stopped_ns,
                      failed=_says(run.error))
 

@@ -29,9 +29,11 @@ ALLOWED = {
     "ramp": "judge leg metrics scenario",
     "sweep": "judge leg ramp record scenario",
     "store": "errors leg record scenario",
-    "client": "openai record scenario target",
+    "deadline": "record scenario",
+    "pulse": "metrics",
+    "client": "deadline openai record scenario target",
     "drive": "client leg metrics openai plan prompts record scenario store",
-    "shard": "client drive errors leg metrics prompts scenario store target",
+    "shard": "client drive errors leg prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.server": "store target",
     "telemetry.signs": "judge leg store",
@@ -54,7 +56,7 @@ SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner"}  # only they know the other houses
 
 PURE = {"config", "errors", "texts", "sse", "openai", "record", "metrics", "validity", "judge",
-        "ramp", "leg", "plan", "prompts", "scenario", "target", "telemetry.signs"}
+        "ramp", "leg", "deadline", "plan", "prompts", "scenario", "target", "telemetry.signs"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.client", "loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}
