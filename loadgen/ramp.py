@@ -28,6 +28,7 @@ MAX_RESTARTS = 2
 MAX_CONFIRMS = 2  # of one level without a result
 LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
 PROOF_N = 300  # requests that prove 0.95 at 95 % with up to 8 misses (2.7 %)
+PROOF_MARGIN = 1.1  # over the fewest that can prove: throughput is an estimate
 MIN_LEG_S = 7.0
 KNEE_WARMUP = 0.45  # of an answer: a level past the first lost one is only for the knee
 GROWTH, FULL_GROWTH = 1.25, 1.8  # of an answer's time from one level to the next
@@ -170,16 +171,19 @@ def _answer_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> flo
 
 def _proof_s(plan: SweepPlan, tested: Sequence[Judgement], level: float,
              left_s: float) -> float | None:
-    """How long to confirm `level`, s; None if the rest of the budget cannot hold a proof."""
+    """How long to confirm `level`, s; None if the rest of the budget cannot hold a proof, not even
+    one without misses. A room that just holds one is used: it proves or it does not, and nothing
+    else could be done with it."""
     here = [j for j in tested if j.value == level]
     answer_s = max((j.answer_s or 1.0 for j in here), default=1.0)
     least_s = max(MIN_LEG_S, LEG_OF_E2E * answer_s)
     rps = max(0.01, *(j.achieved_rps for j in here))
     if _looks_good(tested, level, plan.criteria):  # to refute takes few, to prove takes many
-        least_s = max(least_s, 0.8 * (metrics.needed_n(plan.criteria.target, 0.0) or 0) / rps)
+        least_n = metrics.needed_n(plan.criteria.target, 0.0, plan.criteria.confidence) or 0
+        least_s = max(least_s, PROOF_MARGIN * least_n / rps)
     wanted_s = max(least_s, PROOF_N / rps)
-    room_s = left_s - 2.5 * answer_s  # warm-up, and the last answers
-    return min(wanted_s, room_s) if room_s >= max(least_s, min(wanted_s, 15.0)) else None
+    room_s = left_s - max(1.0, answer_s) - 1.5 * answer_s  # warm-up, and the last answers
+    return min(wanted_s, room_s) if room_s >= least_s else None
 
 
 def _leg(state: State, value: float, phase: Phase, measure_s: float,

@@ -422,6 +422,26 @@ def test_a_budget_too_small_for_a_proof_is_said() -> None:
     assert (p.concluded().load, p.concluded().safe) == ("UNRESOLVED", None)
 
 
+def test_a_short_budget_that_can_hold_a_proof_is_used_for_one() -> None:
+    """Answers of 0.25 s: after two levels 11 s of 30 are left, of which a proof takes 8."""
+    p = play({x: Level(rps=4.1 * x, answer_s=0.25) for x in (1.0, 2.0, 4.0)}, budget_s=30.0,
+             levels=(1.0, 2.0, 4.0))
+    assert (p.tried("ladder"), p.tried("confirm")) == ([1, 2], [2])
+    assert (p.stop.reason, p.concluded().safe) == ("CONFIRMED", 2)
+    assert p.spent_s <= 30.0
+
+
+@pytest.mark.parametrize(("left_s", "holds"), [(9.4, True), (9.2, False), (100.0, True)])
+def test_a_confirmation_is_tried_if_what_is_left_holds_a_proof_without_misses(
+        left_s: Any, holds: Any) -> None:
+    """59 requests, and a tenth, at 8.2/s: 7.9 s; warm-up and the last answers: 1.4 s."""
+    p = play({2.0: Level(rps=8.2, answer_s=0.25)}, levels=(2.0,))
+    ladder = [j for j in p.judged if j.phase == "ladder"]
+    proof_s = ramp._proof_s(p.plan, ladder, 2.0, left_s)
+    assert (proof_s is not None) is holds
+    assert proof_s is None or int(8.2 * proof_s) >= 59
+
+
 def test_a_proof_that_does_not_come_is_given_up_for_a_lower_level() -> None:
     p = play(scales(8) | {8: Level(rps=8, confirm=0.951)})
     assert p.tried("confirm") == [8, 8, 4]
