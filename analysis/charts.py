@@ -229,11 +229,15 @@ def _safe(run: Run, knee: Knee | None, x: alt.X) -> list[alt.Chart]:
 def attainment(run: Run, answer: Answer) -> Chart:
     """Per leg: the share of good requests with its one-sided bounds, against the target."""
     legs = sorted((r for r in answer.steps.to_dict("records") if r["n"]), key=lambda r: r["value"])
-    rows = [{"leg": f"{r['value']:g} {'' if r['phase'] == 'ladder' else r['phase']} · "
-                    f"{r['good']}/{r['n']}".replace("  ", " "),
-             "share": r["attainment_frac"], "lo": r["lower_frac"], "hi": r["upper_frac"],
-             "load": "INVALID" if r["measurement"] == "INVALID" else r["load"]} for r in legs]
-    y = alt.Y("leg:O", sort=[r["leg"] for r in rows], title=None, axis=alt.Axis(
+    names = [f"{r['value']:g}{'' if r['phase'] in ('ladder', 'run') else ' ' + r['phase']} · "
+             f"{r['good']}/{r['n']}" for r in legs]
+    names = [f"{x} ({k})" if (k := names[: i + 1].count(x)) > 1 else x
+             for i, x in enumerate(names)]  # a leg that was repeated has a row of its own
+    rows = [{"leg": name, "share": r["attainment_frac"], "lo": r["lower_frac"],
+             "hi": r["upper_frac"],
+             "load": "INVALID" if r["measurement"] == "INVALID" else r["load"]}
+            for name, r in zip(names, legs, strict=True)]
+    y = alt.Y("leg:O", sort=names, title=None, axis=alt.Axis(
         domain=False, ticks=False, labelPadding=10, labelOverlap=False))
     x, lo = (alt.X(f"{field}:Q", title="", axis=alt.Axis(format="%", tickCount=5),
                    scale=alt.Scale(domain=[0, 1.02], nice=False)) for field in ("share", "lo"))

@@ -64,8 +64,8 @@ class Run(Struct, frozen=True, eq=False):
 
     @property
     def is_run(self) -> bool:
-        """One leg that was asked for as such, no sweep that ended after its first."""
-        return len(self.legs) == 1 and self.manifest.command[1:2] != ["sweep"]
+        """Every leg was asked for as such: each load is judged for itself, no search concludes."""
+        return bool(self.legs) and all(leg.phase == "run" for leg, _ in self.legs)
 
     @property
     def axis(self) -> Axis:

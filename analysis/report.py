@@ -134,7 +134,10 @@ def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
         return
     c, knee = run.conclusion, answer.knee
     per = "concurrency" if run.axis == "concurrency" else "rate"
-    shown = run.judgements[0].value if run.is_run else c.safe
+    rows = answer.levels.to_dict("records")
+    if run.is_run and len(rows) > 1:
+        yield from (_key_of(r) for r in rows)
+        rows = []
     if not run.is_run:
         least = "≥ " if c.at_least else ""
         yield (f"Max safe {per}", "–" if c.safe is None else f"{least}{c.safe:g}",
@@ -143,10 +146,10 @@ def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
         yield ("Knee", "–" if knee.value is None else f"{knee.value:.0f}",
                "not identified" if knee.lo is None or knee.hi is None
                else f"{knee.lo:.0f}–{knee.hi:.0f} at 95 %")
-    for r in (x for x in answer.levels.to_dict("records") if x["value"] == shown):
+    for r in (x for x in rows if run.is_run or x["value"] == c.safe):
         good, n, lower = ((r["good"], r["n"], r["lower_frac"]) if run.is_run or c.proof is None
                           else (c.proof.good, c.proof.n, c.proof.lower))
-        at = "" if run.is_run else f" at {shown:g}"
+        at = "" if run.is_run else f" at {c.safe:g}"
         yield f"Goodput{at}", f"{number(r['goodput_rps'])}/s", f"of {r['offered_rps']:.3g}/s due"
         yield (f"Met the SLO{at}", f"{good} of {n}", f"at least {percent(lower, down=True)}, "
                f"with {percent(c.confidence)} confidence")
@@ -158,6 +161,12 @@ def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
     if pd.notna(peak):
         first = answer.steps["gpu_memory_start_gib"].dropna().iloc[0]
         yield "GPU memory, peak", f"{peak:.1f} GiB", f"{first:.1f} GiB at the start, per GPU"
+
+
+def _key_of(r: Mapping[Any, Any]) -> tuple[str, str, str]:
+    """One level of several that were asked for."""
+    return (f"Met the SLO at {r['value']:g}", f"{r['good']} of {r['n']}",
+            f"median TTFT {duration(r['ttft_p50_s'])}, TPOT {duration(r['tpot_p50_s'])}")
 
 
 # ------------------------------------------------------------------------------------- charts

@@ -1,6 +1,7 @@
 """The verdict of a run in plain words. SAFE never stands without its n and its confidence;
 UNRESOLVED says what would settle it; INVALID says that the generator was the limit."""
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -46,7 +47,7 @@ def answer(run: Run) -> Answer:
     if not run.legs:
         verdict = Verdict("UNRESOLVED", "INVALID", "No leg was run: there is nothing to judge", [])
     elif knee is None:
-        verdict = of_leg(run, run.judgements[0])
+        verdict = of_leg(run, *run.judgements) if len(run.legs) == 1 else of_legs(run)
     else:
         verdict = of_sweep(run, run.conclusion, knee)
     return Answer(steps.table(run), steps.levels(run), knee, verdict)
@@ -152,6 +153,67 @@ def of_leg(run: Run, j: Judgement) -> Verdict:
     if j.measurement == "SUSPECT":
         rest.append("The measurement is suspect: see the findings.")
     return Verdict(j.load, j.measurement, head, rest)
+
+
+# ---------------------------------------------------------------------------------- several legs
+
+
+def of_legs(run: Run) -> Verdict:
+    """Loads that were all asked for: each is judged for itself, by the worst of its legs."""
+    worst = [max((j for j in run.judgements if j.value == value), key=_badness)
+             for value in sorted({j.value for j in run.judgements})]
+    sentences, met = [], f"met {slo_of(run)}"
+    for j in sorted(run.judgements, key=lambda j: j.value):
+        sentences.append(_of_each(run, j, met))
+        met = "met it"
+    found = [j.measurement for j in run.judgements]
+    measurement = max(found, key=("VALID", "SUSPECT", "INVALID").index)
+    if measurement != "VALID":
+        sentences.append(f"The measurement is {measurement.lower()}: see the findings.")
+    loads: list[LoadVerdict] = ["UNRESOLVED" if _kind(j) == "INVALID" else j.load for j in worst]
+    load = max(loads, key=("SAFE", "UNRESOLVED", "UNSAFE").index)
+    return Verdict(load, measurement, _in_a_row(run, worst), sentences)
+
+
+def _in_a_row(run: Run, worst: Sequence[Judgement]) -> str:
+    """ "1, 2 concurrent requests SAFE; 4 UNSAFE (…)": one judgement per level, ascending."""
+    parts: list[str] = []
+    for kind, group in itertools.groupby(worst, _kind):
+        here = list(group)
+        levels = [f"{j.value:g}" for j in here]
+        if not parts:
+            levels[-1] = load_of(run, here[-1].value)
+        at = f"at {here[0].value:g}: " if len(here) > 1 else ""
+        why = f" ({at}{_why(here[0])})" if kind != "SAFE" else ""
+        parts.append(f"{', '.join(levels)} {kind}{why}")
+    return "; ".join(parts)
+
+
+def _kind(j: Judgement) -> str:
+    return "INVALID" if j.measurement == "INVALID" and not j.died else j.load
+
+
+def _badness(j: Judgement) -> tuple[int, bool]:
+    return ("SAFE", "UNRESOLVED", "UNSAFE", "INVALID").index(_kind(j)), j.measurement != "VALID"
+
+
+def _why(j: Judgement) -> str:
+    """The shortest reason that a load is not SAFE."""
+    if _kind(j) == "INVALID":
+        return next(f.says for f in j.findings if f.verdict == "INVALID")
+    return j.reasons[0] if j.load == "UNSAFE" else f"{j.good} of {j.n}"
+
+
+def _of_each(run: Run, j: Judgement, met: str) -> str:
+    """The grounds of one load among several. `met`: "met it", where the limits were just named."""
+    if _kind(j) == "UNSAFE":
+        return _unsafe(run, [j], j.value, met)
+    share = f"At {j.value:g}, " + (f"{j.good} of {j.n} {met}" if j.n else
+                                   "no request was due in the window")
+    if _kind(j) == "INVALID":
+        return f"{share}, which tells nothing: {_findings(j.findings)[0]}"
+    return f"{share}; " + (_at_least(run, j.lower) if j.load == "SAFE"
+                           else _settle(run, j.good, j.n))
 
 
 # ------------------------------------------------------------------------------------- phrases

@@ -335,8 +335,8 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
 
 
 def _exit_code(finished: Any, result: Any) -> int:
-    """130 > 2 > 3 > 4 > 1 > 5 > 0. A sweep that found its safe level passes even if a higher one
-    killed the server."""
+    """130 > 2 > 3 > 4 > 1 > 5 > 0, of a run over all its legs. A sweep that found its safe level
+    passes even if a higher one killed the server."""
     stop = result.stop if result is not None else None
     endings = [window.ending for _, window in finished.legs]
     if stop == "interrupted" or (stop is None and endings[-1:] == ["interrupted"]):
@@ -344,11 +344,9 @@ def _exit_code(finished: Any, result: Any) -> int:
     last = finished.judgements[-1] if finished.judgements else None
     if last is None:
         return INVALID
-    if len(finished.legs) == 1 and last is not None and finished.is_run:
-        if last.measurement == "INVALID":
-            return INVALID
-        return DIED if last.died else {"SAFE": PASS, "UNSAFE": SLO_MISSED}.get(
-            last.load, INCONCLUSIVE)
+    if finished.is_run:
+        codes = {_leg_code(j) for j in finished.judgements}
+        return next(c for c in _PRECEDENCE if c in codes)
     answer = finished.conclusion
     if stop == "failed" or endings[-1:] == ["failed"]:
         return INVALID
@@ -359,6 +357,13 @@ def _exit_code(finished: Any, result: Any) -> int:
     if stop == "SERVER_DIED" or (last is not None and last.died):
         return DIED
     return SLO_MISSED if answer.load == "UNSAFE" else INCONCLUSIVE
+
+
+def _leg_code(j: Any) -> int:
+    """Of a leg that was asked for as such."""
+    if j.measurement == "INVALID":
+        return INVALID
+    return DIED if j.died else {"SAFE": PASS, "UNSAFE": SLO_MISSED}.get(j.load, INCONCLUSIVE)
 
 
 def entry(words: list[str] | None = None) -> None:

@@ -5,12 +5,12 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec import Struct
 
-from loadgen.leg import Axis, Leg, Phase, Window
+from loadgen.leg import Axis, Ending, Leg, Phase, Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import (
     Closed,
@@ -64,23 +64,24 @@ def manifest(**changes: Any) -> Manifest:
 
 
 def leg(value: float, phase: Phase, measure_s: float, warmup_s: float = 1.0,
-        axis: Axis = "concurrency") -> Leg:
+        axis: Axis = "concurrency", replicate: int = 0) -> Leg:
     load: Load = Closed(int(value)) if axis == "concurrency" else Open(PerSecond(value))
-    return Leg(id=f"{phase}-{value:g}-r0", axis=axis, value=value, phase=phase, replicate=0, seed=1,
-               load=load, warmup_s=warmup_s, measure_s=measure_s)
+    return Leg(id=f"{phase}-{value:g}-r{replicate}", axis=axis, value=value, phase=phase,
+               replicate=replicate, seed=1, load=load, warmup_s=warmup_s, measure_s=measure_s)
 
 
 def write(path: Path, levels: Sequence[int] = tuple(THROUGHPUT), confirm: int | None = 32,
           crash: bool = False, errors: bool = False, measure_s: float = 20.0, proof_s: float = 60.0,
-          **changes: Any) -> Path:
-    """A sweep. `crash`: the last leg has no window and its journal a torn line; `errors`: from 64
-    up, a tenth of the requests meets an error that holds markup."""
+          phase: Phase = "ladder", **changes: Any) -> Path:
+    """A sweep, or with phase "run" a run of these levels, which may repeat. `crash`: the last leg
+    has no window and its journal a torn line; `errors`: from 64 up, a tenth of the requests meets
+    an error that holds markup."""
     folder = RunFolder.create(path, manifest(**changes))
     records, legs = Journal(folder.records_path(0)), folder.legs_journal()
     clock, rng = Clock(), np.random.default_rng(7)
     records.append(Header(SCHEMA, "synthetic", 0, clock.now_ns, 1_763_000_000 * S))
-    plan = [leg(c, "ladder", max(measure_s, 2.5 * c / THROUGHPUT[c]), c / THROUGHPUT[c])
-            for c in levels]
+    plan = [leg(c, phase, max(measure_s, 2.5 * c / THROUGHPUT[c]), c / THROUGHPUT[c],
+                replicate=list(levels[:i]).count(c)) for i, c in enumerate(levels)]
     plan += [leg(confirm, "confirm", proof_s, 6.0)] if confirm else []
     for one in plan:
         legs.append(LegLine(leg=one))
@@ -193,3 +194,26 @@ def answer_of(one: Leg, due: int, takes_s: float, seq: int) -> RequestRecord:
         leg=one.id, shard=0, seq=seq, session=seq, turn=0, cls="code", due_ns=due, sent_ns=due,
         first_ns=first, gaps_us=gaps, end_ns=first + 1000 * sum(gaps), outcome=Outcome.OK,
         output_tok=11, prompt_tok=100, tok_source="usage", status=200, finish_reason="stop")
+
+
+Kind = Literal["SAFE", "UNSAFE", "UNRESOLVED", "INVALID", "died", "interrupted"]
+
+
+def run_of(path: Path, *legs: tuple[float, Kind], note: str = "CUDA out of memory",
+           phase: Phase = "run", **changes: Any) -> Path:
+    """A run of these loads, each with what its records say of it: 80 good answers, 80 late ones,
+    few, dropped ones, or a server that died (`note`: of what)."""
+    held, records = [], []
+    for i, (value, kind) in enumerate(legs):
+        one = leg(value, phase, 40.0, 0.0, replicate=[v for v, _ in legs[:i]].count(value))
+        t0 = (100 + 100 * i) * S
+        for k in range({"UNRESOLVED": 10, "died": 10}.get(kind, 80)):
+            takes_s = 25.0 if kind == "UNSAFE" else 0.4
+            r = answer_of(one, t0 + k * S // 2, takes_s, seq=100 * i + k)
+            if kind == "INVALID":
+                r.outcome, r.error = Outcome.DROPPED, "EMFILE"
+            records.append(r)
+        ending: Ending = ("server_died" if kind == "died" else
+                          "interrupted" if kind == "interrupted" else "done")
+        held.append((one, Window(one.id, t0, t0, t0 + 40 * S, t0 + 70 * S, ending, note=note)))
+    return write_plain(path, Plain(held, records), **changes)

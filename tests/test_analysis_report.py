@@ -120,8 +120,9 @@ def test_parquet_holds_every_record_with_its_gaps(finished: Run) -> None:
 
 @pytest.mark.parametrize(("options", "has", "has_not"), [
     ({"levels": (), "confirm": None}, "No leg was run", "By class"),
-    ({"levels": (8,), "confirm": None, "command": ["loadgen", "run"]}, "Distributions",
+    ({"levels": (8,), "confirm": None, "phase": "run"}, "Distributions",
      "Throughput against latency"),
+    ({"levels": (8, 8), "confirm": None, "phase": "run"}, "run-8-r1", "Throughput against latency"),
     ({"levels": (2, 4), "confirm": None, "crash": True}, "1 torn line in the journals", "SAFE<")])
 def test_report_of_a_lesser_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                 options: dict[str, object], has: str, has_not: str) -> None:
@@ -132,15 +133,37 @@ def test_report_of_a_lesser_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert has_not not in page
 
 
+def test_report_of_a_run_of_several_loads_shows_each_for_itself(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_library", str)
+    path = synthetic.write(tmp_path / "run", levels=(4, 16, 16, 64), confirm=None, phase="run")
+    run = frame.load(path)
+    page = report.write(run).read_text(encoding="utf-8")
+    for text in ("Throughput against latency", "Attainment of the SLO", "run-16-r1",
+                 "Met the SLO at 64"):
+        assert text in page
+    for text in ("Max safe", "Knee", "confirm"):
+        assert text not in page.partition("<h2>Terms")[0]
+    assert (path / "qps_latency.png").read_bytes().startswith(PNG)
+    said = summary.summarise(run)
+    assert (said["conclusion"], said["knee"]) == (None, None)
+
+
+def test_legs_that_say_the_same_have_a_row_each(tmp_path: Path) -> None:
+    run = frame.load(synthetic.run_of(tmp_path / "run", (2, "SAFE"), (4, "SAFE"), (4, "SAFE")))
+    spec = charts.attainment(run, words.answer(run)).to_dict()
+    rows = {r["leg"] for x in spec["layer"] for r in x["data"]["values"] if "leg" in r}
+    assert rows == {"2 · 80/80", "4 · 80/80", "4 · 80/80 (2)"}
+
+
 def test_report_of_an_invalid_run_quotes_no_figures(tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_library", str)
-    leg = synthetic.leg(4, "ladder", 10.0, 0.0)
+    leg = synthetic.leg(4, "run", 10.0, 0.0)
     dropped = [structs.replace(synthetic.answer_of(leg, 100 * S + k * S, 0.5, seq=k),
                                outcome=Outcome.DROPPED, error="EMFILE") for k in range(9)]
     window = Window(leg.id, 100 * S, 100 * S, 110 * S, 111 * S, "done")
-    path = synthetic.write_plain(tmp_path / "run", synthetic.Plain([(leg, window)], dropped),
-                                 command=["loadgen", "run"])
+    path = synthetic.write_plain(tmp_path / "run", synthetic.Plain([(leg, window)], dropped))
     page = report.write(frame.load(path)).read_text(encoding="utf-8")
     assert "Goodput" not in page
     assert "raise max_inflight" in page  # the finding's remedy

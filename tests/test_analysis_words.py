@@ -1,5 +1,6 @@
 """Knee and verdict: the fit against known laws, and a sentence for every verdict."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,7 @@ from msgspec import structs
 
 from analysis import frame, knee, words
 from analysis.knee import Fit, Level
-from loadgen.leg import Window
-from loadgen.record import Outcome
+from loadgen.leg import Phase, Window
 from loadgen.scenario import parse_slo
 from tests import synthetic
 from tests.synthetic import Plain, S
@@ -129,29 +129,71 @@ def test_killed_confirmation_does_not_prove(tmp_path: Path) -> None:
     assert "The measurement is suspect" in text
 
 
-def test_invalid_says_that_the_generator_was_the_limit(tmp_path: Path) -> None:
-    leg = synthetic.leg(4, "ladder", 10.0, 0.0)
-    dropped = [structs.replace(synthetic.answer_of(leg, 100 * S + k * S, 0.5, seq=k),
-                               outcome=Outcome.DROPPED, error="EMFILE") for k in range(9)]
-    window = Window(leg.id, 100 * S, 100 * S, 110 * S, 111 * S, "done")
-    plain = Plain([(leg, window)], dropped)
-    for name, command in (("sweep", ["loadgen", "sweep"]), ("run", ["loadgen", "run"])):
-        text = said(synthetic.write_plain(tmp_path / name, plain, command=command))
-        assert text.startswith("UNRESOLVED, INVALID")
-        assert "the load generator was the limit, not the server" in text
-        assert "Remedy: " in text
+@pytest.mark.parametrize("phase", ["ladder", "run"])
+def test_invalid_says_that_the_generator_was_the_limit(tmp_path: Path, phase: Phase) -> None:
+    text = said(synthetic.run_of(tmp_path / "run", (4, "INVALID"), phase=phase))
+    assert text.startswith("UNRESOLVED, INVALID")
+    assert "the load generator was the limit, not the server" in text
+    assert "Remedy: " in text
 
 
 @pytest.mark.parametrize(("slo", "starts"), [
     (None, "SAFE, VALID (simulated): Met at 16 concurrent requests."),
     ("ttft=1ms", "UNSAFE, VALID (simulated): Not met at 16 concurrent requests.")])
 def test_single_leg_is_met_or_not_met(tmp_path: Path, slo: str | None, starts: str) -> None:
-    path = synthetic.write(tmp_path / "run", levels=(16,), confirm=None,
-                           command=["loadgen", "run", "mixed"])
+    path = synthetic.write(tmp_path / "run", levels=(16,), confirm=None, phase="run")
     text = said(path, slo)
     assert text.startswith(starts)
     assert " of " in text
     assert "confidence" in text or "Asked for: 95 %" in text
+
+
+def test_several_loads_that_were_asked_for_are_judged_each_for_itself(tmp_path: Path) -> None:
+    path = synthetic.write(tmp_path / "run", levels=(64, 32, 16, 8), confirm=None, phase="run",
+                           measure_s=80.0)
+    first, *each = said(path).splitlines()
+    assert re.fullmatch(
+        r"UNSAFE, VALID \(simulated\): 8, 16, 32 concurrent requests SAFE; 64 UNSAFE "
+        r"\(\d+ of \d+ requests met the SLO: surely less than 95 %\)\.", first)
+    assert [x.split(",")[0] for x in each] == ["At 8", "At 16", "At 32", "At 64"]
+    assert "with 95 % confidence at least 9" in each[0]  # SAFE stands with its n and confidence
+    assert "TTFT ≤ 2 s" in each[0]
+    assert "TTFT ≤ 2 s" not in each[1]
+    assert "confirm" not in said(path)
+    assert "Knee" not in said(path)
+
+
+def test_a_load_that_was_held_several_times_is_as_bad_as_its_worst_leg(tmp_path: Path) -> None:
+    path = synthetic.write(tmp_path / "run", levels=(8, 8), confirm=None, phase="run",
+                           measure_s=60.0)
+    assert said(path).startswith("SAFE, VALID (simulated): 8 concurrent requests SAFE.\nAt 8, ")
+    text = said(synthetic.run_of(tmp_path / "again", (8, "SAFE"), (8, "INVALID"), (2, "SAFE")))
+    assert text.startswith(
+        "UNRESOLVED, INVALID (simulated): 2 concurrent requests SAFE; 8 INVALID (the generator "
+        "could not start 80 requests (EMFILE)).")
+    text = said(synthetic.run_of(tmp_path / "worse", (8, "UNSAFE"), (8, "UNRESOLVED")))
+    assert text.startswith("UNSAFE, VALID (simulated): 8 concurrent requests UNSAFE (0 of 80 ")
+
+
+def test_of_several_loads_those_that_are_not_safe_say_why(tmp_path: Path) -> None:
+    text = said(synthetic.run_of(tmp_path / "run", (1, "UNRESOLVED"), (2, "SAFE"), (4, "UNSAFE"),
+                                 (8, "died")))
+    head, *each = text.splitlines()
+    assert head.endswith(
+        ": 1 concurrent request UNRESOLVED (10 of 10); 2 SAFE; 4, 8 UNSAFE (at 4: 0 of 80 "
+        "requests met the SLO: surely less than 95 %).")
+    assert "49 more requests at this share would show 95 %" in each[0]
+    assert "missed 80 by TTFT" in each[2]
+    assert "the server died: CUDA out of memory" in each[3]
+
+
+def test_legs_of_a_search_are_no_run_whatever_the_command_was(tmp_path: Path) -> None:
+    command = ["locust", "-f", "locustfiles/chat.py"]
+    asked = synthetic.run_of(tmp_path / "asked", (2, "SAFE"), (4, "SAFE"), command=command)
+    assert frame.load(asked).is_run
+    searched = synthetic.write(tmp_path / "sweep", levels=(2, 4), confirm=None, command=command)
+    assert not frame.load(searched).is_run
+    assert not frame.load(synthetic.write(tmp_path / "none", levels=(), confirm=None)).is_run
 
 
 def test_dead_server_is_named(tmp_path: Path) -> None:
