@@ -1,4 +1,5 @@
-"""What a run folder gets at its end: records.parquet, summary.json and the report."""
+"""What a run folder gets at its end: records.parquet, the report, junit.xml and summary.md for
+build servers, summary.json."""
 
 import itertools
 import math
@@ -7,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from analysis import frame, knee, words
+from analysis import ci, frame, knee, words
 from analysis.frame import Run
 from loadgen.errors import StoreError
 from loadgen.record import RequestRecord
@@ -27,6 +28,8 @@ def finish(path: Path, slo: Slo | None = None, report: bool = True) -> Run:
         from analysis import report as reports  # noqa: PLC0415  (Altair: 0.4 s)
 
         reports.write(run)
+    run.folder.write("junit.xml", ci.junit(run).encode())
+    run.folder.write("summary.md", ci.markdown(run).encode())
     run.folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summarise(run))))
     return run
 

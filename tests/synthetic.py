@@ -200,9 +200,9 @@ Kind = Literal["SAFE", "UNSAFE", "UNRESOLVED", "INVALID", "died", "interrupted"]
 
 
 def run_of(path: Path, *legs: tuple[float, Kind], note: str = "CUDA out of memory",
-           phase: Phase = "run", **changes: Any) -> Path:
+           error: str = "EMFILE", phase: Phase = "run", **changes: Any) -> Path:
     """A run of these loads, each with what its records say of it: 80 good answers, 80 late ones,
-    few, dropped ones, or a server that died (`note`: of what)."""
+    few, ones that were dropped for an `error`, or a server that died (`note`: of what)."""
     held, records = [], []
     for i, (value, kind) in enumerate(legs):
         one = leg(value, phase, 40.0, 0.0, replicate=[v for v, _ in legs[:i]].count(value))
@@ -211,7 +211,7 @@ def run_of(path: Path, *legs: tuple[float, Kind], note: str = "CUDA out of memor
             takes_s = 25.0 if kind == "UNSAFE" else 0.4
             r = answer_of(one, t0 + k * S // 2, takes_s, seq=100 * i + k)
             if kind == "INVALID":
-                r.outcome, r.error = Outcome.DROPPED, "EMFILE"
+                r.outcome, r.error = Outcome.DROPPED, error
             records.append(r)
         ending: Ending = ("server_died" if kind == "died" else
                           "interrupted" if kind == "interrupted" else "done")

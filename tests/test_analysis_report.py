@@ -173,5 +173,5 @@ def test_finish_without_report_writes_no_page(tmp_path: Path) -> None:
     run = summary.finish(synthetic.write(tmp_path / "run", levels=(4,), confirm=None),
                          report=False)
     names = {p.name for p in run.folder.path.iterdir()}
-    assert {"records.parquet", "summary.json"} <= names
+    assert {"records.parquet", "summary.json", "junit.xml", "summary.md"} <= names
     assert not names & {"report.html", "qps_latency.png"}
