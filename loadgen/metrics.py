@@ -110,6 +110,20 @@ def misses(r: RequestRecord, slo: Slo) -> list[str]:
     return broke
 
 
+def is_lost(r: RequestRecord, slo: Slo) -> bool:
+    """What came so far of a request that is still under way misses already, however it goes on.
+    `end_ns` is now. TPOT: with all tokens that it may write it could not come back under."""
+    now_ns, first_ns, last_ns = r.end_ns, r.first_ns, r.last_ns
+    seen = [(slo.e2e_s, r.due_ns, 1), (slo.ttft_s, r.due_ns if first_ns is None else None, 1),
+            (slo.itl_s, last_ns, 1), (slo.tpot_s, first_ns, (r.max_tokens or 0) - 1)]
+    if first_ns is not None and slo.ttft_s and seconds_between(r.due_ns, first_ns) > slo.ttft_s:
+        return True
+    if slo.itl_s and (itl_max_s(r) or 0.0) > slo.itl_s:
+        return True
+    return any(limit is not None and since is not None and steps > 0
+               and seconds_between(since, now_ns) > limit * steps for limit, since, steps in seen)
+
+
 # -------------------------------------------------------------------------------------- quantiles
 
 

@@ -38,6 +38,7 @@ ALLOWED = {
     "telemetry.server": "store target",
     "telemetry.signs": "judge leg store",
     "calibrate": "client errors openai plan prompts record scenario target",
+    "attend": "calibrate errors prompts scenario shard store target telemetry.server",
     "doctor": "metrics",
     "view": "judge leg supervise",
     "facts": "judge prompts scenario store target",
@@ -53,7 +54,8 @@ FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "judge", "validity", "leg", "ramp", "scenario",
                 "telemetry.signs", "errors"}
 SERVERS_MAY = {"errors", "target"}
-COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner"}  # only they know the other houses
+COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.fleet.prepare",
+             "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "texts", "sse", "openai", "record", "metrics", "validity", "judge",
         "ramp", "leg", "deadline", "plan", "prompts", "scenario", "target", "telemetry.signs"}

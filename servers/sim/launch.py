@@ -43,13 +43,13 @@ class SimServer:
         model = option(options, "--served-model-name") or option(options, "--model")
         self._command = [sys.executable, "-m", "servers.sim", *options, "--host", host,
                          "--port", port, "--parent-pid", str(os.getpid())]
-        self._target = Target(f"http://{host}:{port}", model or DEFAULT_MODEL,
+        self.target = Target(f"http://{host}:{port}", model or DEFAULT_MODEL,
                               {"Authorization": f"Bearer {key}"} if key else {})
         self._log = log
         self._process: ServerProcess | None = None
 
     def start(self) -> Target:
-        host, port = self._target.base_url.removeprefix("http://").rsplit(":", 1)
+        host, port = self.target.base_url.removeprefix("http://").rsplit(":", 1)
         with socket.socket() as s:  # whoever has the port must not be taken for the simulator
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -58,7 +58,7 @@ class SimServer:
                 raise ServerError(f"cannot listen on {host}:{port}: {e}; choose another port with "
                                   "-- --port N") from e
         self._process = ServerProcess(self._command, self._log)
-        return self._target
+        return self.target
 
     def alive(self) -> str | None:
         return self._process.died() if self._process else "it was not started"

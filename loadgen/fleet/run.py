@@ -1,0 +1,268 @@
+"""A test of Locust's as a run folder: what users are to send, the records of what they sent, and
+the legs, one for each number of users that held.
+
+A leg's sample begins when all users are there and what they had begun until then has ended. It
+ends with the due instant of the oldest request that was still undecided when the leg ended: so
+every request in it was awaited, and none of them met a server that empties. (Locust kills users in
+the middle of their answers. Counting those as misses would blame the server; leaving out only
+them would be an average of survivors.)
+"""
+
+import itertools
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterator
+
+import gevent
+import gevent.event
+import msgspec
+from locust.env import Environment
+from msgspec import Struct
+
+from loadgen import metrics, openai, plan
+from loadgen.errors import StoreError
+from loadgen.judge import Criteria
+from loadgen.leg import Ending, Leg, Window
+from loadgen.prompts import Ratio
+from loadgen.pulse import Pulse
+from loadgen.record import Outcome, Recorder, RequestRecord, Shot
+from loadgen.scenario import Open, RequestClass, Scenario, Slo
+from loadgen.store import SCHEMA, Header, Journal, LegLine, RunFolder
+from loadgen.target import Target
+
+SETTLE_S = 10.0  # at most so long a leg waits for what was begun before all users were there
+LOOKAHEAD = 64  # bodies that are built in idle moments
+RECENT_S = 30.0  # what the live page looks back on
+HIDE_S = 0.1  # a user whose answer has just ended has asked again by then
+
+now_ns = time.monotonic_ns
+
+
+class Prepared(Struct, frozen=True):
+    """What all legs of a test share: the mix, where it goes, and how long prompts are there."""
+
+    scenario: Scenario
+    target: Target
+    ratios: dict[str, Ratio]
+    criteria: Criteria
+    seed: int
+
+    def slo(self, cls: str) -> Slo:
+        return self.scenario.slo_of(cls)
+
+
+class Planned(Struct, frozen=True):
+    """A request of the plan; `due_s` counts from the leg's start, None: when its user is free."""
+
+    k: int
+    cls: str
+    body: bytes
+    prompt_tok: int | None
+    output_tok: int
+    due_s: float | None = None
+
+
+class OnLeg:
+    """The leg that runs: its plan, and what came of it so far."""
+
+    def __init__(self, prepared: Prepared, leg: Leg, from_ns: int | None) -> None:
+        self.leg, self.t0_ns = leg, now_ns()
+        self.from_ns = from_ns  # None: not settled yet
+        self.pulse = Pulse(self.t0_ns)
+        self.over = gevent.event.Event()
+        self.done = self.done_good = self.sampled = self.good = 0
+        self.outcomes: Counter[Outcome] = Counter()
+        self.complete_ns: int | None = None  # when all users were there
+        self.stop_ns: int | None = None  # nothing that is due later is measured
+        self.unsettled: set[int] = set()
+        self._prepared = prepared
+        self._sessions = plan.sessions(prepared.scenario, leg)
+        self._ahead: deque[Planned] = deque()
+        self._filling = gevent.spawn(self._fill)
+
+    @property
+    def to_ns(self) -> int | None:
+        """The end of the window, once it is known."""
+        if self.leg.measure_s is None or self.from_ns is None:
+            return self.stop_ns
+        planned_ns = self.from_ns + round(self.leg.measure_s * 1e9)
+        return planned_ns if self.stop_ns is None else min(planned_ns, self.stop_ns)
+
+    def measures(self, due_ns: int) -> bool:
+        to_ns = self.to_ns
+        return self.from_ns is not None and due_ns >= self.from_ns and (
+            to_ns is None or due_ns < to_ns)
+
+    def next(self, cls: str | None) -> Planned:
+        """The plan's next request; of class `cls`, where one is asked for."""
+        if cls is not None:
+            return self._build(next(self._sessions), cls)
+        if not self._ahead:
+            return self._build(next(self._sessions), None)
+        if self._filling.ready():
+            self._filling = gevent.spawn(self._fill)
+        return self._ahead.popleft()
+
+    def finish(self) -> None:
+        self.over.set()
+        self._filling.kill(block=False)
+
+    def _fill(self) -> None:
+        while len(self._ahead) < LOOKAHEAD:
+            gevent.sleep(0)  # one at a time: an answer may be waiting to be stamped
+            self._ahead.append(self._build(next(self._sessions), None))
+
+    def _build(self, session: plan.Session, cls: str | None) -> Planned:
+        mix, seed = self._prepared.scenario, self.leg.seed
+        if cls is not None and cls != session.cls:
+            only = msgspec.structs.replace(mix, classes=(mix.of(cls),))
+            session = plan.session(only, seed, session.k, session.due_s)
+        of = mix.of(session.cls)
+        turn = session.turns[0]
+        text = plan.prompt(of, session, 0, seed, self._prepared.ratios[of.name])
+        body = openai.body(mix.endpoint, self._prepared.target.model, text, turn.output_tok, of)
+        return Planned(session.k, of.name, body, turn.prompt_tok, turn.output_tok, session.due_s)
+
+
+class FleetRun:
+    """One test: from Locust's start to its stop."""
+
+    def __init__(self, folder: RunFolder, prepared: Prepared) -> None:
+        self.folder, self.prepared = folder, prepared
+        self.on: OnLeg | None = None
+        self.failed: str | None = None  # the run's own failure: a disk that is full
+        self.flights: dict[int, tuple[OnLeg, Recorder]] = {}
+        self.recent: deque[RequestRecord] = deque()
+        self.ended_tok = 0  # output tokens of ended requests, for the live throughput
+        self._journal = Journal(folder.records_path(0))
+        self._journal.append(Header(SCHEMA, folder.path.name, 0, now_ns(), time.time_ns()))
+        self._legs: Journal = folder.legs_journal()
+        self._seq: Iterator[int] = itertools.count()
+
+    # ------------------------------------------------------------------------------------ legs
+
+    def begin(self, leg: Leg, from_ns: int | None = None) -> OnLeg:
+        """From now on users send this leg's plan. `from_ns`: when its sample begins; None: when
+        the users have settled."""
+        self._legs.append(LegLine(leg=leg))
+        self.on = OnLeg(self.prepared, leg, from_ns)
+        return self.on
+
+    def all_there(self) -> None:
+        """Locust has spawned all users of this leg."""
+        on = self.on
+        if on is not None and on.complete_ns is None:
+            on.complete_ns = now_ns()
+            on.unsettled = {seq for seq, (of, _) in self.flights.items() if of is on}
+
+    def settle(self) -> None:
+        """Begins the sample once it can; to be called now and then."""
+        on = self.on
+        if on is None or on.from_ns is not None or on.complete_ns is None:
+            return
+        now = now_ns()
+        if not on.unsettled or now - on.complete_ns > SETTLE_S * 1e9:
+            on.from_ns = now
+
+    def awaited(self) -> bool:
+        """The leg's window is over, and all that was due in it has ended or is lost anyway."""
+        on, now = self.on, now_ns()
+        if on is None or on.to_ns is None or now < on.to_ns + HIDE_S * 1e9:
+            return False
+        return not any(on.measures(due_ns) for due_ns in self._undecided(on, now))
+
+    def end(self, ending: Ending, note: str | None = None) -> Window:
+        """Ends the leg; its window as it was. What is in flight of it goes on, outside."""
+        on, now = self.on, now_ns()
+        assert on is not None
+        self.on = None
+        from_ns = min(on.from_ns or now, now)
+        to_ns = min(on.to_ns or now, now)
+        if ending in ("done", "interrupted"):
+            to_ns = min([to_ns, *self._undecided(on, now)])
+        window = Window(
+            leg=on.leg.id, t0_ns=on.t0_ns, from_ns=from_ns, to_ns=max(from_ns, to_ns), end_ns=now,
+            ending=ending, stalls=on.pulse.stalls, lag_p99_s=on.pulse.lag_p99_s(),
+            cpu_frac=on.pulse.cpu_frac(now), records=on.done, note=note)
+        self._legs.append(LegLine(window=window))
+        on.finish()
+        return window
+
+    def _undecided(self, on: OnLeg, now: int) -> list[int]:
+        """Due instants of requests in flight that may yet be good."""
+        so_far = [r.end(now, Outcome.CANCELLED) for of, r in self.flights.values() if of is on]
+        return [r.due_ns for r in so_far if not metrics.is_lost(r, self.prepared.slo(r.cls))]
+
+    def close(self) -> None:
+        """After the last user was killed."""
+        self._journal.close()
+        self._legs.close()
+
+    # -------------------------------------------------------------------------------- requests
+
+    def take_off(self, cls: str | None, text: str | None, max_tokens: int | None,
+                 free_ns: int | None) -> tuple[OnLeg, Recorder] | None:
+        """The next request to send, once it is due. Open loop: at its instant in the plan; closed:
+        when its user became free (`free_ns`; None: now). None: there is no leg."""
+        while (on := self.on) is not None:
+            planned = on.next(cls)
+            if text is not None:
+                planned = self._with_text(planned, text, max_tokens)
+            due_ns = now_ns() if free_ns is None else free_ns
+            if planned.due_s is not None:
+                due_ns = on.t0_ns + round(planned.due_s * 1e9)
+                if on.over.wait(max(0.0, (due_ns - now_ns()) / 1e9)):
+                    continue  # the leg ended meanwhile: its plan is void
+            due_ns = max(due_ns, on.t0_ns)  # a user that comes over from the leg before
+            recorder = Recorder(self._shot(on, planned, due_ns),
+                                self.prepared.scenario.throttle_status)
+            self.flights[recorder.shot.seq] = on, recorder
+            recorder.inflight = len(self.flights)
+            return on, recorder
+        return None
+
+    def land(self, on: OnLeg, record: RequestRecord) -> None:
+        """A request has ended: journal, counts, and what the live page looks back on."""
+        del self.flights[record.seq]
+        try:
+            self._journal.append(record)
+        except StoreError as e:
+            self.failed = self.failed or str(e)
+        good = not metrics.misses(record, self.prepared.slo(record.cls))
+        on.unsettled.discard(record.seq)
+        on.done += 1
+        on.done_good += good
+        on.outcomes[record.outcome] += 1
+        if on.measures(record.due_ns):
+            on.sampled += 1
+            on.good += good
+        self.ended_tok += record.output_tok or 0
+        self.recent.append(record)
+        while self.recent and record.end_ns - self.recent[0].end_ns > RECENT_S * 1e9:
+            self.recent.popleft()
+
+    def _with_text(self, planned: Planned, text: str, max_tokens: int | None) -> Planned:
+        """A prompt of the user's own, with the sampling of its class."""
+        mix = self.prepared.scenario
+        of: RequestClass = mix.of(planned.cls)
+        tokens = max_tokens or planned.output_tok
+        body = openai.body(mix.endpoint, self.prepared.target.model, text, tokens, of)
+        return Planned(planned.k, of.name, body, None, tokens, planned.due_s)
+
+    def _shot(self, on: OnLeg, planned: Planned, due_ns: int) -> Shot:
+        return Shot(leg=on.leg.id, shard=0, seq=next(self._seq), session=planned.k, turn=0,
+                    cls=planned.cls, due_ns=due_ns, body=planned.body,
+                    want_prompt_tok=planned.prompt_tok, max_tokens=planned.output_tok)
+
+
+def is_open(on: OnLeg) -> bool:
+    return isinstance(on.leg.load, Open)
+
+
+RUNS: "weakref.WeakKeyDictionary[Environment, FleetRun]" = weakref.WeakKeyDictionary()
+
+
+def run_of(environment: Environment) -> FleetRun | None:
+    """The test that runs in this Locust process."""
+    return RUNS.get(environment)

@@ -1,0 +1,147 @@
+"""One request through Locust's HttpUser: the same sans-I/O core as `loadgen.client`, fed by
+requests and gevent. Bytes are taken as they come (`read1`): `iter_lines` of FastHttpUser waits
+for whole kilobytes and shows every TTFT as the end of the answer.
+"""
+
+import errno
+import http.client
+import io
+import time
+from collections.abc import Iterator
+
+import gevent
+import requests
+import urllib3.exceptions
+from locust.clients import HttpSession
+
+from loadgen.deadline import Deadline
+from loadgen.record import Outcome, Recorder
+from loadgen.scenario import Timeouts
+
+_OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
+_STALE_NS = 1_000_000_000
+
+now_ns = time.monotonic_ns
+
+
+class Expired(BaseException):
+    """A deadline passed. No Exception: nothing between here and the socket may swallow it."""
+
+
+class Stream:
+    """One user's connection to the server."""
+
+    def __init__(self, session: HttpSession, url: str, headers: dict[str, str]) -> None:
+        session.trust_env = False  # as the generator's own client: no proxy, no .netrc by chance
+        self._session, self._url = session, url
+        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream",
+                         "Accept-Encoding": "identity", **headers}
+        self.n_bytes = 0  # of the last answer
+        self._warm = False  # a request went over this connection before
+
+    def send(self, recorder: Recorder, limits: Timeouts) -> tuple[Outcome | None, str | None]:
+        """Sends one request and feeds what comes to the recorder. What ended it early, if
+        anything, as an outcome and in words. GreenletExit (Locust stops the user) goes through."""
+        deadline = Deadline(limits, recorder.shot.abandon_after_s, time.monotonic())
+        try:
+            try:
+                self._exchange(recorder, deadline)
+            except (requests.RequestException, OSError) as e:
+                if not self._was_stale(recorder, e):
+                    raise
+                recorder.stale_retries += 1
+                self._session.close()
+                self._exchange(recorder, deadline)
+        except Expired:
+            return deadline.passed(recorder)
+        except Exception as e:  # noqa: BLE001  (all of requests' and urllib3's: an outcome)
+            return outcome_of(e)
+        self._warm = True
+        return None, None
+
+    def _exchange(self, recorder: Recorder, deadline: Deadline) -> None:
+        began_ns, self.n_bytes = now_ns(), 0
+        with _until(deadline):
+            answer = self._session.post(
+                self._url, data=_Body(recorder), headers=self._headers, stream=True,
+                catch_response=True, allow_redirects=False, name=recorder.shot.cls)
+        try:
+            if answer.error is not None:
+                raise answer.error
+            if not self._warm and recorder.sent_ns is not None:
+                recorder.connect_wait_ns = recorder.sent_ns - began_ns
+            recorder.response(now_ns(), answer.status_code,
+                              answer.headers.get("Content-Type", ""),
+                              "Retry-After" in answer.headers)
+            self._read(answer, recorder, deadline)
+        finally:
+            answer.close()
+
+    def _read(self, answer: requests.Response, recorder: Recorder, deadline: Deadline) -> None:
+        while True:
+            with _until(deadline):
+                data = answer.raw.read1()
+            if not data:
+                return
+            recorder.feed(now_ns(), data)
+            self.n_bytes += len(data)
+            if recorder.fatal is Outcome.BAD_STREAM:
+                return
+            deadline.progress(recorder, time.monotonic())
+
+    def _was_stale(self, recorder: Recorder, error: Exception) -> bool:
+        """The connection was kept alive, and broke right when it was used again: the server had
+        closed it while it was idle and has not seen this request."""
+        broke = any(isinstance(e, http.client.RemoteDisconnected | ConnectionResetError
+                               | BrokenPipeError) for e in _chain(error))
+        return (broke and self._warm and recorder.status is None and (
+            recorder.sent_ns is None or now_ns() - recorder.sent_ns < _STALE_NS))
+
+
+class _Body(io.BytesIO):
+    """A request's body that stamps the instant it is first read: the head has just been sent."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(recorder.shot.body)
+        self._recorder: Recorder | None = recorder
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self._recorder is not None:
+            self._recorder.sent(now_ns())
+            self._recorder = None
+        return super().read(size)
+
+
+def _until(deadline: Deadline) -> gevent.Timeout:
+    return gevent.Timeout(max(0.0, deadline.when_s - time.monotonic()), Expired)
+
+
+def outcome_of(error: Exception) -> tuple[Outcome, str]:
+    """What an exception of requests, urllib3 or the socket means for the request."""
+    chain = list(_chain(error))
+    root = chain[-1]
+    if any(isinstance(e, OSError) and e.errno in _OURS for e in chain):
+        return Outcome.DROPPED, str(root)
+    if any(isinstance(e, urllib3.exceptions.NewConnectionError | urllib3.exceptions.SSLError
+                      | requests.exceptions.SSLError | requests.ConnectTimeout) for e in chain):
+        return Outcome.CONNECT_FAILED, str(root)
+    broken = http.client.RemoteDisconnected | http.client.IncompleteRead
+    if any(isinstance(e, http.client.HTTPException) and not isinstance(e, broken)
+           for e in chain):  # no HTTP, or a broken head
+        return Outcome.BAD_STREAM, f"{type(root).__name__}: {root}"
+    network = requests.RequestException | urllib3.exceptions.HTTPError | OSError
+    if isinstance(error, network) and not isinstance(error, ValueError):
+        return Outcome.DISCONNECTED, f"{type(root).__name__}: {root}"
+    return Outcome.DROPPED, f"{type(error).__name__}: {error}"  # a header that cannot be sent
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was made of, from the outside in."""
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        yield at
+        inside = [x for x in (getattr(at, "reason", None), *at.args)
+                  if isinstance(x, BaseException)]
+        at = next(iter(inside), None) or at.__cause__ or at.__context__

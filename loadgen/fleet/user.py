@@ -1,0 +1,80 @@
+"""Locust users that ask an LLM server.
+
+    class Support(LLMUser):
+        scenario = "support.toml"      # what they ask: classes, lengths, SLOs
+
+        @task(3)
+        def question(self): self.ask(cls="question")
+
+        @task
+        def own_words(self): self.ask("Why is the sky blue?", max_tokens=50)
+
+Without tasks of its own a user asks what the scenario's mix says.
+"""
+
+import time
+from typing import Any, ClassVar
+
+from locust import HttpUser
+from locust.exception import StopUser
+
+from loadgen import openai
+from loadgen.fleet import rows
+from loadgen.fleet.run import FleetRun, run_of
+from loadgen.fleet.stream import Stream
+from loadgen.record import Outcome, RequestRecord
+
+now_ns = time.monotonic_ns
+
+
+class LLMUser(HttpUser):
+    """Streams answers of an OpenAI-compatible server; each request is a record in the run folder,
+    and rows in Locust's own table. One user is one request in flight."""
+
+    abstract = True
+    scenario: ClassVar[str] = "mixed"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.tasks:
+            cls.tasks = [LLMUser.ask]
+
+    def on_start(self) -> None:
+        run = run_of(self.environment)
+        if run is None:
+            raise StopUser
+        target = run.prepared.target
+        self._run: FleetRun = run
+        self._free_ns: int | None = None
+        self._stream = Stream(
+            self.client, target.base_url + openai.PATHS[run.prepared.scenario.endpoint],
+            target.headers)
+
+    def ask(self, text: str | None = None, *, cls: str | None = None,
+            max_tokens: int | None = None) -> RequestRecord:
+        """Sends the next request of the scenario's mix, of class `cls` where it is given, or one
+        with a `text` of your own; returns its record when its stream has ended. Raises StopUser
+        when the test is over."""
+        taken = self._run.take_off(cls, text, max_tokens, self._slot_free_ns())
+        if taken is None:
+            raise StopUser
+        on, recorder = taken
+        failure: Outcome | None = Outcome.CANCELLED  # unless the stream ends: Locust kills users
+        error: str | None = None
+        try:
+            failure, error = self._stream.send(
+                recorder, self._run.prepared.scenario.timeouts_of(recorder.shot.cls))
+        finally:
+            record = recorder.end(now_ns(), failure, error)
+            if record.error is not None:
+                record.error = self._run.prepared.target.scrub(record.error)
+            self._free_ns = record.end_ns
+            self._run.land(on, record)
+        rows.show(self.environment, record, self._stream.n_bytes)
+        return record
+
+    def _slot_free_ns(self) -> int | None:
+        """Closed loop without think time: the slot is free from the instant the last answer
+        ended. A user that thinks is due when it has thought."""
+        thinks = type(self).wait_time is not HttpUser.wait_time
+        return None if thinks else self._free_ns
