@@ -9,7 +9,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from analysis import theme, words
+from analysis import labels, theme, words
 from analysis.frame import Run
 from analysis.knee import Knee
 from analysis.words import Answer
@@ -93,7 +93,9 @@ def qps_latency(run: Run, answer: Answer, name: str, title: str) -> Chart:
     last = {q: max((r for r in rows if r["q"] == q), key=lambda r: r["value"], default=None)
             for q in ("p50", "p90")}
     limit = getattr(run.scenario.slo, f"{name}_s")
-    y = _time_axis([r["s"] for r in rows] + ([limit] if limit else []), "")
+    shown_s = [r["s"] for r in rows] + ([limit] if limit else [])
+    y = _time_axis(shown_s, "")
+    labels.place(rows, shown_s)
     top = max((r["rps"] for r in rows), default=1.0)
     x = alt.X("rps:Q", title="Achieved requests per second", axis=alt.Axis(tickCount=6),
               scale=alt.Scale(domain=[0, top * 1.2], nice=False))
@@ -113,8 +115,9 @@ def qps_latency(run: Run, answer: Answer, name: str, title: str) -> Chart:
             size=55, filled=True, opacity=1).encode(color=series),
         base.transform_filter("datum.few").mark_point(
             size=50, fill=theme.PAPER, strokeWidth=1.8, opacity=1).encode(stroke=series),
-        *said(base.transform_filter("datum.q == 'p50'"), "label", STATUS, align="left", dx=6,
-               dy=14), *ends).resolve_scale(color="independent", stroke="independent").properties(
+        *(mark for dx, dy, align in labels.SPOTS for mark in said(base.transform_filter(
+            f"datum.dx == {dx} && datum.dy == {dy}"), "label", STATUS, align=align, dx=dx, dy=dy)),
+        *ends).resolve_scale(color="independent", stroke="independent").properties(
             title=title, height=300)
     return chart
 

@@ -3,8 +3,7 @@
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from html import escape
@@ -16,7 +15,7 @@ import msgspec
 import pandas as pd
 from altair.utils import schemapi
 
-from analysis import charts, frame, steps, theme, timeline, words
+from analysis import charts, frame, steps, tables, theme, timeline, words
 from analysis.charts import Chart
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
@@ -25,7 +24,6 @@ from loadgen import metrics
 from loadgen.errors import StoreError
 
 SWATCH = '<span class="key"><i style="background:{}"></i>{}</span>'
-VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
 
 
 def write(run: Run) -> Path:
@@ -38,7 +36,7 @@ def write(run: Run) -> Path:
         answer = words.answer(run)
         drawn: list[Chart] = []
         body = "\n".join([*_head(run, answer), *_level_charts(run, answer, drawn),
-                          *_run_charts(run, drawn), *_tables(run, answer), *_ends(run)])
+                          *_run_charts(run, drawn), *tables.of(run, answer), *_ends(run)])
         specs = [charts.spec(c.properties(width="container")) for c in drawn]
         page = _page(run.manifest.model, body, specs, library.result())
     path = run.folder.write("report.html", page.encode())
@@ -217,74 +215,7 @@ def _run_charts(run: Run, drawn: list[Chart]) -> Iterator[str]:
         ("gpu", "util_frac", "GPU busy, %", 100.0, 100.0))) + "</div>"
 
 
-# ------------------------------------------------------------------------------------- tables
-
-
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells are text; one that is a verdict gets its colour."""
-    top = "".join(f"<th>{escape(x)}</th>" for x in heads)
-    lines = []
-    for row in rows:
-        marked = ((x, x.lower() if x in VERDICTS else "text" if len(x) > 40 else "") for x in row)
-        lines.append("<tr>" + "".join(f'<td class="{kind}">{escape(x)}</td>' if kind else
-                                      f"<td>{escape(x)}</td>" for x, kind in marked) + "</tr>")
-    return (f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}'
-            "</tbody></table></div>")
-
-
-def _tables(run: Run, answer: Answer) -> Iterator[str]:
-    if not run.legs:
-        return
-    rows = answer.steps.to_dict("records")
-    yield "<h2>All legs</h2>"
-    yield ('<p class="muted">A p90 stands only where there are '
-           f"{charts.FEW} values or more. In brackets the lower bound. The "
-           "table scrolls sideways.</p>")
-    yield _table((*steps.HEADS, *MORE), ([*steps.cells(r), *_more(r)] for r in rows))
-    if len(run.frame):
-        yield "<h2>By class</h2>"
-        yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
-                      "output tokens p50"), _classes(run))
-    missed = [j for j in run.judgements if j.misses]
-    if missed:
-        reasons = sorted({x for j in missed for x in j.misses})
-        yield "<h2>Misses by reason</h2>"
-        yield '<p class="muted">A request may break several limits.</p>'
-        yield _table(("leg", "n", "missed", *(words.NAMES.get(x, x) for x in reasons)),
-                     ([j.leg, str(j.n), str(j.n - j.good),
-                       *(str(j.misses.get(x, "")) for x in reasons)] for j in missed))
-    f = run.frame[run.frame["error"] != ""]
-    said = Counter(zip(f["outcome"], f["error"], strict=True)).most_common(12)
-    if said:
-        yield "<h3>What failed requests were told</h3>"
-        yield _table(("outcome", "requests", "message"), (
-            [outcome, str(n), error.ljust(41)] for (outcome, error), n in said))
-
-
-MORE = ("TTFT max", "ITL p99", "prompt tok/s", "running", "waiting", "preemptions", "prefix hits",
-        "GPU GiB", "GPU busy", "why")
-
-
-def _more(r: Mapping[Any, Any]) -> list[str]:
-    return [duration(r["ttft_max_s"]), duration(r["itl_p99_s"]), number(r["prompt_tok_s"], ".0f"),
-            number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
-            percent(r["prefix_hit_frac"]), number(r["gpu_memory_peak_gib"], ".1f"),
-            percent(r["gpu_util_frac"]), r["reasons"]]
-
-
-def _classes(run: Run) -> Iterator[list[str]]:
-    """Rows of class by level, all of a level's legs."""
-    f = run.frame[run.frame["in_window"] & ~run.frame["void"]]
-    for (cls, value), own in f.groupby(["cls", "value"]):
-        yield [str(cls), f"{value:g}", str(len(own)), f"{int(own['good'].sum())} of {len(own)}",
-               *(duration(_median(own, f"{x}_s", steps.cut_off(own, x)))
-                 for x in ("ttft", "tpot", "e2e")),
-               number(_median(own, "output_tok"), ".0f")]
-
-
-def _median(own: pd.DataFrame, name: str, cut_off: Iterable[float] = ()) -> float | None:
-    found = metrics.quantile(own[name].dropna(), 0.5, cut_off)
-    return found.value if found else None
+# ------------------------------------------------------------------------------------- the end
 
 
 def _ends(run: Run) -> Iterator[str]:

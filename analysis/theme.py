@@ -23,7 +23,7 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); line-height: 1.55; font-size: 16px;
   font-family: FONT; -webkit-text-size-adjust: 100%; }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 24px 64px; }
+main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 64px; }
 p { margin: 0 0 10px; max-width: 76ch; }
 h2 { font-size: 20px; line-height: 1.3; margin: 56px 0 6px; letter-spacing: -.01em; }
 h3 { font-size: 15px; margin: 28px 0 6px; }
@@ -60,14 +60,16 @@ figcaption { margin-top: 4px; }
 .scroll { overflow-x: auto; margin: 12px 0; border: 1px solid var(--rule); border-radius: 4px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px;
   font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; white-space: nowrap;
+th, td { padding: 7px 8px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--muted); font-weight: 500; background: var(--wash); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff;
   font-weight: 600; }
 th:first-child { background: var(--wash); }
-td.text { text-align: left; white-space: normal; min-width: 620px; overflow-wrap: anywhere; }
+td:first-child, th:first-child { padding-left: 12px; }
+th:nth-child(2):last-child { text-align: left; }
+td.text { text-align: left; white-space: normal; min-width: 240px; overflow-wrap: anywhere; }
 td.safe, td.unsafe, td.invalid, td.suspect { color: var(--tone); font-weight: 600; }
 .findings { list-style: none; padding: 0; margin: 12px 0; }
 .findings li { border-left: 3px solid var(--tone); padding: 2px 0 2px 14px; margin: 0 0 14px; }

@@ -59,6 +59,10 @@ def test_the_report_fits_its_window_and_draws_every_chart(browser: Any, report: 
     assert len(widths) >= 8
     assert max(widths) <= width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    clipped = browser.execute_script(
+        "return [...document.querySelectorAll('.scroll')]"
+        ".filter(s => s.scrollWidth > s.clientWidth).length")
+    assert (clipped == 0) == (width > 1000)  # on a phone, and only there, tables scroll
     assert [x for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
     loaded = browser.execute_script(
         "return performance.getEntriesByType('resource').map(e => e.name)")

@@ -1,0 +1,85 @@
+"""The report's tables, as HTML."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+from analysis import charts, steps, words
+from analysis.frame import Run
+from analysis.steps import duration, number, percent
+from analysis.words import Answer
+from loadgen import metrics
+
+VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
+FIRST = 11  # columns of steps.HEADS that fit a page together
+MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemptions", "prefix hits",
+        "GPU GiB", "GPU busy")
+
+
+def of(run: Run, answer: Answer) -> Iterator[str]:
+    if not run.legs:
+        return
+    rows = answer.steps.to_dict("records")
+    yield "<h2>All legs</h2>"
+    yield ('<p class="muted">A p90 stands only where there are '
+           f"{charts.FEW} values or more. In brackets the lower bound.</p>")
+    cells = [steps.cells(r) for r in rows]  # in two tables: one would be twice the page's width
+    yield _table(steps.HEADS[:FIRST], (own[:FIRST] for own in cells))
+    yield _table(("leg", *steps.HEADS[FIRST:], *MORE), (
+        [own[0], *own[FIRST:], *_more(r)] for own, r in zip(cells, rows, strict=True)))
+    yield _table(("leg", "why"), ([r["leg"], r["reasons"].ljust(41)] for r in rows))
+    if len(run.frame):
+        yield "<h2>By class</h2>"
+        yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
+                      "output tokens p50"), _classes(run))
+    missed = [j for j in run.judgements if j.misses]
+    if missed:
+        reasons = sorted({x for j in missed for x in j.misses})
+        yield "<h2>Misses by reason</h2>"
+        yield '<p class="muted">A request may break several limits.</p>'
+        yield _table(("leg", "n", "missed", *(words.NAMES.get(x, x) for x in reasons)),
+                     ([j.leg, str(j.n), str(j.n - j.good),
+                       *(str(j.misses.get(x, "")) for x in reasons)] for j in missed))
+    f = run.frame[run.frame["error"] != ""]
+    said = Counter(zip(f["outcome"], f["error"], strict=True)).most_common(12)
+    if said:
+        yield "<h3>What failed requests were told</h3>"
+        yield _table(("outcome", "requests", "message"), (
+            [outcome, str(n), error.ljust(41)] for (outcome, error), n in said))
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells are text; one that is a verdict gets its colour."""
+    top = "".join(f"<th>{escape(x)}</th>" for x in heads)
+    lines = []
+    for row in rows:
+        marked = ((x, x.lower() if x in VERDICTS else "text" if len(x) > 40 else "") for x in row)
+        lines.append("<tr>" + "".join(f'<td class="{kind}">{escape(x)}</td>' if kind else
+                                      f"<td>{escape(x)}</td>" for x, kind in marked) + "</tr>")
+    return (f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}'
+            "</tbody></table></div>")
+
+
+def _more(r: Mapping[Any, Any]) -> list[str]:
+    return [number(r["prompt_tok_s"], ".0f"), duration(r["ttft_max_s"]), duration(r["itl_p99_s"]),
+            number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
+            percent(r["prefix_hit_frac"]), number(r["gpu_memory_peak_gib"], ".1f"),
+            percent(r["gpu_util_frac"])]
+
+
+def _classes(run: Run) -> Iterator[list[str]]:
+    """Rows of class by level, all of a level's legs."""
+    f = run.frame[run.frame["in_window"] & ~run.frame["void"]]
+    for (cls, value), own in f.groupby(["cls", "value"]):
+        yield [str(cls), f"{value:g}", str(len(own)), f"{int(own['good'].sum())} of {len(own)}",
+               *(duration(_median(own, f"{x}_s", steps.cut_off(own, x)))
+                 for x in ("ttft", "tpot", "e2e")),
+               number(_median(own, "output_tok"), ".0f")]
+
+
+def _median(own: pd.DataFrame, name: str, cut_off: Iterable[float] = ()) -> float | None:
+    found = metrics.quantile(own[name].dropna(), 0.5, cut_off)
+    return found.value if found else None
