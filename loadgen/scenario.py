@@ -133,6 +133,41 @@ class Trace(_Frozen, frozen=True, tag_field="mode", tag="trace"):
 Load = Closed | Open | Trace
 
 
+class Steps(_Frozen, frozen=True, tag_field="kind", tag="steps"):
+    """So many Locust users one after the other, each number held for `hold`."""
+
+    users: Annotated[tuple[Count, ...], Meta(min_length=1)]
+    hold_s: Seconds = field(name="hold")
+
+
+class Spike(_Frozen, frozen=True, tag_field="kind", tag="spike"):
+    """`base` users, then `peak` for `spike`, then `base` again; `base` is held for `hold` before
+    and after."""
+
+    base: Count
+    peak: Count
+    spike_s: Seconds = field(name="spike")
+    hold_s: Seconds = field(name="hold")
+
+
+class Soak(_Frozen, frozen=True, tag_field="kind", tag="soak"):
+    """The same number of users for long."""
+
+    users: Count
+    hold_s: Seconds = field(name="hold")
+
+
+class Ramp(_Frozen, frozen=True, tag_field="kind", tag="ramp"):
+    """1, 2, 4 … `to` users until errors, a death or the SLO stop it; then the largest level that
+    looked safe is confirmed, all within `budget`."""
+
+    to: Count
+    budget_s: Seconds = field(name="budget")
+
+
+Shape = Steps | Spike | Soak | Ramp
+
+
 class Scenario(_Frozen, frozen=True):
     """A mix of request classes with their SLOs. Immutable; `load()` has checked all of it."""
 
@@ -144,6 +179,7 @@ class Scenario(_Frozen, frozen=True):
     timeouts: Timeouts = Timeouts()
     throttle_status: tuple[Annotated[int, Meta(ge=400, le=599)], ...] = ()
     load: Load | None = None
+    shape: Shape | None = None  # of a test by Locust
     duration_s: Seconds | None = field(default=None, name="duration")
 
     def slo_of(self, cls: str) -> Slo:

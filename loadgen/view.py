@@ -1,7 +1,9 @@
 """What the operator sees while legs run: on a terminal a live table, one row per leg, with the
 running one's progress and the time left; elsewhere one line per leg."""
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -26,14 +28,16 @@ class View:
         self._began = time.monotonic()
         self._done: list[tuple[Leg, Judgement]] = []
         self._now: Progress | None = None
+        self._waits: Callable[[], Text] | None = None
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render,
                           vertical_overflow="visible") if console.is_terminal else None
 
     def __enter__(self) -> Self:
+        self._began = time.monotonic()  # what a server takes to start is not of the budget
         if self._live:
             self._live.start()
         else:
-            self._console.print(_LINE_HEAD, soft_wrap=True, highlight=False)
+            self._console.print(LINE_HEAD, soft_wrap=True, highlight=False)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
@@ -49,11 +53,30 @@ class View:
         self._now = None
         self._done.append((leg, judgement))
         if not self._live:
-            self._console.print(_line(leg, judgement), soft_wrap=True, highlight=False)
+            self._console.print(line(leg, judgement), soft_wrap=True, highlight=False)
 
     def say(self, text: str) -> None:
         """A line above the table."""
         self._console.print(text, soft_wrap=True, highlight=False)
+
+    @contextlib.contextmanager
+    def waiting(self, patience_s: float, doing: Callable[[], str]) -> Iterator[None]:
+        """While a server starts. `doing`: what it says that it does, the last line of its log."""
+        began = time.monotonic()
+
+        def waits() -> Text:
+            line = f"waiting for the server: {_clock(time.monotonic() - began)}  {doing()}"
+            return Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+        self._waits = waits
+        alone = self._live is None or self._live.is_started
+        try:
+            if self._live is None:
+                self.say(f"waiting for the server, at most {_clock(patience_s)} …")
+            with contextlib.nullcontext() if alone else Live(
+                    console=self._console, get_renderable=waits, transient=True):
+                yield
+        finally:
+            self._waits = None
 
     # ---------------------------------------------------------------------------------- inside
 
@@ -68,7 +91,7 @@ class View:
         for leg, j in self._done:
             table.add_row(*_cells(leg, j), Text(_verdict(j), style=_COLOURS.get(_kind(j), "")))
         if self._now is None:
-            return Group(table, Text(""))
+            return Group(table, self._waits() if self._waits else Text(""))
         return Group(table, self._running(self._now))
 
     def _running(self, now: Progress) -> Table:
@@ -89,13 +112,18 @@ class View:
         if self._budget_s is None:
             return ""
         left_s = max(0.0, self._budget_s - (time.monotonic() - self._began))
-        return f"≤ {left_s // 60:.0f}:{left_s % 60:02.0f} left"
+        return f"≤ {_clock(left_s)} left"
 
 
-_LINE_HEAD = "level phase        n    good  req/s  TTFT p50  TPOT p50   E2E p50  errors  verdict"
+def _clock(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
-def _line(leg: Leg, j: Judgement) -> str:
+LINE_HEAD = "level phase        n    good  req/s  TTFT p50  TPOT p50   E2E p50  errors  verdict"
+
+
+def line(leg: Leg, j: Judgement) -> str:
+    """A judged leg in one line, under LINE_HEAD."""
     value, phase, n, good, rate, ttft, tpot, e2e, errors = _cells(leg, j)
     return (f"{value:>5} {phase:8} {n:>5}  {good:>6}  {rate:>5}  {ttft:>8}  {tpot:>8}  {e2e:>8}  "
             f"{errors:>6}  {_verdict(j)}")

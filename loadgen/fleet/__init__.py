@@ -9,9 +9,10 @@ from locust.env import Environment
 
 from loadgen.fleet import options
 from loadgen.fleet.lifecycle import Lifecycle, install
+from loadgen.fleet.shapes import RampShape, ScenarioShape
 from loadgen.fleet.user import LLMUser
 
-__all__ = ["LLMUser"]
+__all__ = ["LLMUser", "RampShape", "ScenarioShape"]
 
 
 @events.init_command_line_parser.add_listener

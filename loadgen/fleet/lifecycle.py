@@ -59,7 +59,7 @@ class Lifecycle:
         self.report: gevent.Greenlet | None = None
         self._own: tuple[Server, Path, str] | None = None  # simulator, its log, its URL
         self._ready: tuple[options.Asked, Server, Prepared, Attendant] | None = None
-        self._attendant: Attendant | None = None
+        self.attendant: Attendant | None = None
         self._tests = self._legs = 0
         self._log_from = 0
         self._troubles = 0
@@ -129,6 +129,8 @@ class Lifecycle:
         for greenlet in self._watching:
             greenlet.kill(block=False)
         self._watching = []
+        if self.conducted:
+            self.environment.shape_class.stop()  # type: ignore[union-attr]
         if self.run is not None and self.run.on is not None:
             self.end_leg("interrupted" if self._interrupted or self.conducted else "done")
 
@@ -144,9 +146,9 @@ class Lifecycle:
         """The last user is gone: what is written now is whole."""
         run, self.run = self.run, None
         RUNS.pop(self.environment, None)
-        if self._attendant is not None:
-            self._attendant.close()
-            self._attendant = None
+        if self.attendant is not None:
+            self.attendant.close()
+            self.attendant = None
         if run is None or self.folder is None:
             return
         run.close()
@@ -173,6 +175,10 @@ class Lifecycle:
         if self._says:
             print(f"\n{self._says}", end="", flush=True)
 
+    @property
+    def can_restart(self) -> bool:
+        return self._own is not None and self.server is self._own[0]
+
     # ----------------------------------------------------------------------------------- a test
 
     @property
@@ -187,7 +193,7 @@ class Lifecycle:
     def _begin(self) -> None:
         assert self._ready is not None
         asked, self.server, prepared, attendant = self._ready
-        self._ready, self._attendant = None, attendant
+        self._ready, self.attendant = None, attendant
         self.asked = asked
         self.folder = prepare.folder_of(asked, self._tests)
         self._tests += 1
@@ -287,14 +293,14 @@ class Lifecycle:
             return why
         on = self.run.on if self.run else None
         troubles = sum(on.outcomes[x] for x in TROUBLE) if on else 0
-        if troubles <= self._troubles or self._attendant is None:
+        if troubles <= self._troubles or self.attendant is None:
             self._troubles = troubles  # another leg counts from nothing
             return None
         self._troubles = troubles
         try:
             for wait_s in (0.0, 1.0):  # one bad answer may be a proxy's hiccup
                 gevent.sleep(wait_s)
-                answer = self._attendant.ask(Ask("health"))
+                answer = self.attendant.ask(Ask("health"))
                 if answer.failed is None:
                     return None
         except GeneratorError:

@@ -27,7 +27,7 @@ from loadgen.leg import Ending, Leg, Window
 from loadgen.prompts import Ratio
 from loadgen.pulse import Pulse
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
-from loadgen.scenario import Open, RequestClass, Scenario, Slo
+from loadgen.scenario import Closed, RequestClass, Scenario, Slo
 from loadgen.store import SCHEMA, Header, Journal, LegLine, RunFolder
 from loadgen.target import Target
 
@@ -37,6 +37,10 @@ RECENT_S = 30.0  # what the live page looks back on
 HIDE_S = 0.1  # a user whose answer has just ended has asked again by then
 
 now_ns = time.monotonic_ns
+
+
+class Cancelled(BaseException):
+    """Thrown into a user whose request is given up; the user lives on."""
 
 
 class Prepared(Struct, frozen=True):
@@ -96,10 +100,8 @@ class OnLeg:
 
     def next(self, cls: str | None) -> Planned:
         """The plan's next request; of class `cls`, where one is asked for."""
-        if cls is not None:
+        if cls is not None or not self._ahead:
             return self._build(next(self._sessions), cls)
-        if not self._ahead:
-            return self._build(next(self._sessions), None)
         if self._filling.ready():
             self._filling = gevent.spawn(self._fill)
         return self._ahead.popleft()
@@ -122,7 +124,16 @@ class OnLeg:
         turn = session.turns[0]
         text = plan.prompt(of, session, 0, seed, self._prepared.ratios[of.name])
         body = openai.body(mix.endpoint, self._prepared.target.model, text, turn.output_tok, of)
-        return Planned(session.k, of.name, body, turn.prompt_tok, turn.output_tok, session.due_s)
+        return Planned(session.k, of.name, body, turn.prompt_tok, turn.output_tok,
+                       session.due_s if session.due_s is not None else self._spread(session.k))
+
+    def _spread(self, k: int) -> float | None:
+        """A closed loop's first starts are spread over the warm-up: all at once would be a burst
+        that no closed loop has later."""
+        load, warmup_s = self.leg.load, self.leg.warmup_s
+        if not isinstance(load, Closed) or k >= load.concurrency or warmup_s <= 0:
+            return None
+        return warmup_s * k / load.concurrency
 
 
 class FleetRun:
@@ -132,7 +143,10 @@ class FleetRun:
         self.folder, self.prepared = folder, prepared
         self.on: OnLeg | None = None
         self.failed: str | None = None  # the run's own failure: a disk that is full
+        self.goes_on = False  # users without a leg wait for the next one
         self.flights: dict[int, tuple[OnLeg, Recorder]] = {}
+        self._greenlets: dict[int, gevent.Greenlet] = {}  # who flies them
+        self._begun = gevent.event.Event()
         self.recent: deque[RequestRecord] = deque()
         self.ended_tok = 0  # output tokens of ended requests, for the live throughput
         self._journal = Journal(folder.records_path(0))
@@ -147,6 +161,7 @@ class FleetRun:
         the users have settled."""
         self._legs.append(LegLine(leg=leg))
         self.on = OnLeg(self.prepared, leg, from_ns)
+        self._begun.set()
         return self.on
 
     def all_there(self) -> None:
@@ -177,6 +192,7 @@ class FleetRun:
         on, now = self.on, now_ns()
         assert on is not None
         self.on = None
+        self._begun.clear()
         from_ns = min(on.from_ns or now, now)
         to_ns = min(on.to_ns or now, now)
         if ending in ("done", "interrupted"):
@@ -188,6 +204,17 @@ class FleetRun:
         self._legs.append(LegLine(window=window))
         on.finish()
         return window
+
+    def cancel(self, on: OnLeg) -> None:
+        """Cancels what is in flight of a leg; their users go on. Returns when all have landed."""
+        for seq in [seq for seq, (of, _) in self.flights.items() if of is on]:
+            gevent.get_hub().loop.run_callback(self._cancel, seq)
+        while any(of is on for of, _ in self.flights.values()):
+            gevent.sleep(0.01)
+
+    def _cancel(self, seq: int) -> None:
+        if seq in self.flights:  # not one that landed since, whose user is at another request
+            self._greenlets[seq].throw(Cancelled)
 
     def _undecided(self, on: OnLeg, now: int) -> list[int]:
         """Due instants of requests in flight that may yet be good."""
@@ -204,8 +231,11 @@ class FleetRun:
     def take_off(self, cls: str | None, text: str | None, max_tokens: int | None,
                  free_ns: int | None) -> tuple[OnLeg, Recorder] | None:
         """The next request to send, once it is due. Open loop: at its instant in the plan; closed:
-        when its user became free (`free_ns`; None: now). None: there is no leg."""
-        while (on := self.on) is not None:
+        when its user became free (`free_ns`; None: now). None: there is no leg any more."""
+        while self.on is not None or self.goes_on:
+            if (on := self.on) is None:
+                self._begun.wait()
+                continue
             planned = on.next(cls)
             if text is not None:
                 planned = self._with_text(planned, text, max_tokens)
@@ -218,13 +248,14 @@ class FleetRun:
             recorder = Recorder(self._shot(on, planned, due_ns),
                                 self.prepared.scenario.throttle_status)
             self.flights[recorder.shot.seq] = on, recorder
+            self._greenlets[recorder.shot.seq] = gevent.getcurrent()
             recorder.inflight = len(self.flights)
             return on, recorder
         return None
 
     def land(self, on: OnLeg, record: RequestRecord) -> None:
         """A request has ended: journal, counts, and what the live page looks back on."""
-        del self.flights[record.seq]
+        del self.flights[record.seq], self._greenlets[record.seq]
         try:
             self._journal.append(record)
         except StoreError as e:
@@ -254,10 +285,6 @@ class FleetRun:
         return Shot(leg=on.leg.id, shard=0, seq=next(self._seq), session=planned.k, turn=0,
                     cls=planned.cls, due_ns=due_ns, body=planned.body,
                     want_prompt_tok=planned.prompt_tok, max_tokens=planned.output_tok)
-
-
-def is_open(on: OnLeg) -> bool:
-    return isinstance(on.leg.load, Open)
 
 
 RUNS: "weakref.WeakKeyDictionary[Environment, FleetRun]" = weakref.WeakKeyDictionary()

@@ -20,7 +20,7 @@ from locust.exception import StopUser
 
 from loadgen import openai
 from loadgen.fleet import rows
-from loadgen.fleet.run import FleetRun, run_of
+from loadgen.fleet.run import Cancelled, FleetRun, run_of
 from loadgen.fleet.stream import Stream
 from loadgen.record import Outcome, RequestRecord
 
@@ -64,13 +64,16 @@ class LLMUser(HttpUser):
         try:
             failure, error = self._stream.send(
                 recorder, self._run.prepared.scenario.timeouts_of(recorder.shot.cls))
+        except Cancelled:
+            pass
         finally:
             record = recorder.end(now_ns(), failure, error)
             if record.error is not None:
                 record.error = self._run.prepared.target.scrub(record.error)
             self._free_ns = record.end_ns
             self._run.land(on, record)
-        rows.show(self.environment, record, self._stream.n_bytes)
+        if record.outcome is not Outcome.CANCELLED:  # our doing, no request of Locust's
+            rows.show(self.environment, record, self._stream.n_bytes)
         return record
 
     def _slot_free_ns(self) -> int | None:
