@@ -8,6 +8,8 @@ from loadgen.target import Target
 class RemoteServer:
     """Any OpenAI-compatible URL."""
 
+    patience_s = 60.0
+
     def __init__(self, target: Target) -> None:
         self._target = target
 

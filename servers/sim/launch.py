@@ -34,6 +34,8 @@ def _check(options: Sequence[str]) -> None:
 class SimServer:
     """`options`: what stands after `--`, as `--gpu 4090d --model qwen2.5-7b`."""
 
+    patience_s = 60.0
+
     def __init__(self, options: Sequence[str], log: Path) -> None:
         _check(options)
         host = option(options, "--host") or "127.0.0.1"
