@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 FAST = ["--", "--speed", "10"]
 JOURNALS = ("manifest.json", "legs.jsonl", "records-0.jsonl", "telemetry-server.jsonl",
             "server.log")
-DERIVED = ("records.parquet", "summary.json", "report.html")
+DERIVED = ("records.parquet", "summary.json", "report.html", "junit.xml", "summary.md")
 
 
 @pytest.fixture(autouse=True)
