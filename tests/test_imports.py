@@ -20,6 +20,7 @@ ALLOWED = {
     "scenario": "config errors",
     "prompts": "scenario texts",
     "leg": "scenario",
+    "stages": "scenario",
     "plan": "leg prompts scenario",
     "openai": "scenario",
     "record": "openai sse",
@@ -27,7 +28,7 @@ ALLOWED = {
     "validity": "leg metrics record scenario",
     "judge": "leg metrics record scenario validity",
     "ramp": "judge leg metrics scenario",
-    "sweep": "judge leg ramp record scenario",
+    "sweep": "errors judge leg ramp record scenario",
     "store": "errors leg record scenario",
     "deadline": "record scenario",
     "pulse": "metrics",
@@ -58,7 +59,7 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.fleet.
              "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "texts", "sse", "openai", "record", "metrics", "validity", "judge",
-        "ramp", "leg", "deadline", "plan", "prompts", "scenario", "target", "telemetry.signs"}
+        "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario", "target", "telemetry.signs"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.client", "loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

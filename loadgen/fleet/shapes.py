@@ -6,42 +6,15 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, ClassVar
 
 from locust import LoadTestShape
-from msgspec import Struct
 
 from loadgen import scenario
 from loadgen.fleet.conductor import Conductor
 from loadgen.fleet.run import run_of
-from loadgen.scenario import Ramp, Seconds, Shape, Soak, Spike, Steps
+from loadgen.scenario import Ramp, Seconds, Shape
+from loadgen.stages import at, stages
 
 if TYPE_CHECKING:
     from loadgen.fleet.lifecycle import Lifecycle
-
-SPAWN_S = 4.0  # new users of a stage come over so long
-
-
-class Stage(Struct, frozen=True):
-    users: int
-    hold_s: float
-
-
-def stages(shape: Steps | Spike | Soak) -> list[Stage]:
-    """What a shape means, in order."""
-    match shape:
-        case Steps(users=users, hold_s=hold_s):
-            return [Stage(n, hold_s) for n in users]
-        case Spike(base=base, peak=peak, spike_s=spike_s, hold_s=hold_s):
-            return [Stage(base, hold_s), Stage(peak, spike_s), Stage(base, hold_s)]
-        case Soak(users=n, hold_s=hold_s):
-            return [Stage(n, hold_s)]
-
-
-def at(plan: list[Stage], t_s: float) -> Stage | None:
-    """The stage at t_s after the start; None: it is over."""
-    for stage in plan:
-        if t_s < stage.hold_s:
-            return stage
-        t_s -= stage.hold_s
-    return None
 
 
 class ScenarioShape(LoadTestShape):
@@ -62,7 +35,7 @@ class ScenarioShape(LoadTestShape):
             over = options.run_time and began_s >= float(options.run_time)
             return None if over else (options.num_users or 1, options.spawn_rate or 1.0)
         stage = at(stages(shape), began_s)
-        return None if stage is None else (stage.users, max(1.0, stage.users / SPAWN_S))
+        return None if stage is None else (stage.users, stage.rate)
 
     def shape(self) -> Shape | None:
         return scenario.load(self.options.scenario).shape

@@ -6,11 +6,16 @@ for whole kilobytes and shows every TTFT as the end of the answer.
 import errno
 import http.client
 import io
+import select
+import socket
 import time
 from collections.abc import Iterator
 
 import gevent
+import gevent.monkey
 import requests
+import urllib3
+import urllib3.connection
 import urllib3.exceptions
 from locust.clients import HttpSession
 
@@ -26,6 +31,47 @@ now_ns = time.monotonic_ns
 
 class Expired(BaseException):
     """A deadline passed. No Exception: nothing between here and the socket may swallow it."""
+
+
+def pool_manager() -> urllib3.PoolManager:
+    """For `HttpUser.pool_manager`: connections that are looked at without waiting. urllib3 polls a
+    kept-alive one before it is used again, which under gevent costs a timer's millisecond, and
+    the request would be sent that much too late."""
+    manager = urllib3.PoolManager(num_pools=2, maxsize=1)
+    manager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+    return manager
+
+
+_unpatched_poll = gevent.monkey.get_original("select", "poll")
+
+
+def _is_quiet(sock: socket.socket | None) -> bool:
+    """Open, with nothing to read: a server that closed it would show."""
+    if sock is None:
+        return False
+    poll = _unpatched_poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return not poll.poll(0)
+
+
+class _Connection(urllib3.connection.HTTPConnection):
+    @property
+    def is_connected(self) -> bool:
+        return _is_quiet(self.sock)
+
+
+class _TlsConnection(urllib3.connection.HTTPSConnection):
+    @property
+    def is_connected(self) -> bool:
+        return _is_quiet(self.sock)
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
 
 
 class Stream:

@@ -16,12 +16,13 @@ import time
 from typing import Any, ClassVar
 
 from locust import HttpUser
+from locust.env import Environment
 from locust.exception import StopUser
 
 from loadgen import openai
 from loadgen.fleet import rows
 from loadgen.fleet.run import Cancelled, FleetRun, run_of
-from loadgen.fleet.stream import Stream
+from loadgen.fleet.stream import Stream, pool_manager
 from loadgen.record import Outcome, RequestRecord
 
 now_ns = time.monotonic_ns
@@ -38,6 +39,10 @@ class LLMUser(HttpUser):
         super().__init_subclass__(**kwargs)
         if not cls.tasks:
             cls.tasks = [LLMUser.ask]
+
+    def __init__(self, environment: Environment) -> None:
+        self.pool_manager = pool_manager()
+        super().__init__(environment)
 
     def on_start(self) -> None:
         run = run_of(self.environment)
