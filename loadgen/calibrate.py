@@ -20,14 +20,14 @@ from loadgen.target import Target
 
 SAMPLES = 20  # over all classes
 PROBES = 3  # per class, where only usage counts tokens
-RETRY_S = 0.05
+RETRY_S, SELDOM_S = 0.05, 0.5  # between questions to a server that starts: at first, and later
 
 
 async def wait_ready(target: Target, scenario: Scenario, alive: Callable[[], str | None],
                      patience_s: float) -> None:
     """Returns when a whole streamed answer came. Raises ServerError if the server dies first or
     does not serve within `patience_s`; ScenarioError if it refuses this model or key."""
-    until = time.monotonic() + patience_s
+    until, retry_s = time.monotonic() + patience_s, RETRY_S
     async with Client(target, scenario) as client:
         while True:
             asking = asyncio.create_task(_ask(client, scenario, scenario.classes[0], "Hello", 2))
@@ -51,7 +51,8 @@ async def wait_ready(target: Target, scenario: Scenario, alive: Callable[[], str
                 said = f" ({record.error})" if record.error else ""
                 raise ServerError(f"{target.base_url} gave no streamed answer within "
                                   f"{patience_s:.0f} s: {record.outcome}{said}")
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(retry_s)
+            retry_s = min(SELDOM_S, 1.1 * retry_s)
 
 
 async def the_model(base_url: str, headers: dict[str, str]) -> str:

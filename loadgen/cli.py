@@ -23,9 +23,11 @@ from loadgen.leg import Leg
 from loadgen.options import (
     WORDS,
     Group,
+    command_of,
     duration,
     finite,
     headers_of,
+    launches_vllm,
     levels_of,
     load_of,
     server_of,
@@ -77,6 +79,7 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     loadgen sweep --max-concurrency 128
     loadgen sweep chat --max-concurrency 64 --base-url http://127.0.0.1:8000 --slo ttft=500ms
     loadgen sweep --max-rate 8 --server sim -- --gpu h200 --model qwen2.5-7b
+    loadgen sweep --max-concurrency 128 --server vllm --model Qwen/Qwen2.5-7B-Instruct -- -tp 2
     """
     from loadgen.ramp import SweepPlan  # noqa: PLC0415  (heavy imports wait for the command)
 
@@ -170,20 +173,34 @@ def report(folder: Path, slos: tuple[str, ...], html: bool) -> None:
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(["sim"]))
+@click.argument("kind", type=click.Choice(["sim", "vllm"]))
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--model", help="The folder or name that a vLLM serves.")
+@click.option("--server-cmd", metavar="COMMAND", help="Words that stand in for `vllm serve`.")
 @click.pass_obj
-def serve(server_options: tuple[str, ...], /, kind: str, port: int) -> None:
+def serve(server_options: tuple[str, ...], /, kind: str, port: int, model: str | None,
+          server_cmd: str | None) -> None:
     """Run a server in the foreground, without loading it.
 
     \b
     loadgen serve sim --port 8000 -- --gpu 4090d --model qwen2.5-7b
+    loadgen serve vllm --model Qwen/Qwen2.5-7B-Instruct --port 8000 -- --max-num-seqs 64
     """
     import os  # noqa: PLC0415
 
-    command = [sys.executable, "-m", f"servers.{kind}", "--port", str(port), *server_options]
+    given = ["--port", str(port), *server_options]
+    if kind == "vllm":
+        from servers.vllm import VllmServer  # noqa: PLC0415
+
+        server = VllmServer(model, given, Path(os.devnull), command_of(server_cmd))
+        command, env = server.command, {**os.environ, **server.env}
+    elif model or server_cmd:
+        raise click.UsageError("--model and --server-cmd are for a vLLM; the simulator's options "
+                               "follow `--`, as -- --model qwen2.5-7b")
+    else:
+        command, env = [sys.executable, "-m", "servers.sim", *given], dict(os.environ)
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execve(command[0], command, env)
 
 
 @main.command()
@@ -298,9 +315,10 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     seed = options["seed"] if options["seed"] is not None else secrets.randbelow(2**31)
     session = Session(
         scenario=chosen, server=server_of(options, server_options, out), out=out,
-        criteria=Criteria(target=options["target"]), seed=seed, model=options["model"],
+        criteria=Criteria(target=options["target"]), seed=seed,
+        model=None if launches_vllm(options) else options["model"],
         headers=headers_of(options), processes=options["processes"],
-        command=click.get_current_context().meta[WORDS])
+        command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"])
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)
     raise SystemExit(code)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,16 @@ class Group(click.Group):
 def target_options(command: Any) -> Any:
     """Options that sweep and run share."""
     for option in reversed([
-        click.option("--server", type=click.Choice(["sim"]), help="Server to start; its options "
-                     "follow `--`. Default: the simulator, if no --base-url is given."),
+        click.option("--server", type=click.Choice(["sim", "vllm"]), help="Server to start; its "
+                     "options follow `--`. Default: the simulator, if no --base-url is given."),
+        click.option("--server-cmd", metavar="COMMAND", help="Words that stand in for `vllm "
+                     "serve`, as \"python -m vllm.entrypoints.cli.main serve\"."),
+        click.option("--start-timeout", callback=duration, metavar="45m", help="How long the "
+                     "server may take to answer. Default: 30m for a vLLM that is started, else "
+                     "60s."),
         click.option("--base-url", metavar="URL", help="An OpenAI-compatible server that runs."),
-        click.option("--model", help="Model name to ask for. Default: the server's only one."),
+        click.option("--model", help="Model name to ask for. Default: the server's only one. With "
+                     "--server vllm: the folder or name that it serves."),
         click.option("--api-key", envvar="LOADGEN_API_KEY", metavar="KEY",
                      help="Sent as a bearer token. Also $LOADGEN_API_KEY. Never written down."),
         click.option("--header", "headers", multiple=True, metavar="K=V",
@@ -75,7 +82,7 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
     if options["base_url"]:
         from servers.remote import RemoteServer  # noqa: PLC0415
 
-        if server_options or options["server"]:
+        if server_options or options["server"] or options["server_cmd"]:
             raise click.UsageError("--base-url names a server that runs already: neither "
                                    "--server nor options after `--` can apply to it")
         if re.search(r"[?#]", options["base_url"]):
@@ -85,9 +92,29 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
             raise click.UsageError(f"--base-url {options['base_url']!r}: write it with its scheme, "
                                    "as http://127.0.0.1:8000")
         return RemoteServer(target_of(options["base_url"], options["model"] or ""))
+    if launches_vllm(options):
+        from servers.vllm import VllmServer  # noqa: PLC0415
+
+        return VllmServer(options["model"], server_options, out / "server.log",
+                          command_of(options["server_cmd"]))
     from servers.sim.launch import SimServer  # noqa: PLC0415
 
     return SimServer(server_options, out / "server.log")
+
+
+def launches_vllm(options: dict[str, Any]) -> bool:
+    """Whether --model is what a vLLM is to serve. Raises UsageError."""
+    if options["server_cmd"] and options["server"] == "sim":
+        raise click.UsageError("--server-cmd starts a vLLM: leave --server sim out")
+    return bool(options["server_cmd"]) or options["server"] == "vllm"
+
+
+def command_of(text: str | None) -> list[str]:
+    """The words of --server-cmd; [] without one."""
+    try:
+        return shlex.split(text or "")
+    except ValueError as e:
+        raise click.UsageError(f"--server-cmd: {e}") from None
 
 
 def headers_of(options: dict[str, Any]) -> dict[str, str]:

@@ -4,7 +4,7 @@ stop it. The composition of all parts below the command line."""
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import calibrate, facts
-from loadgen.errors import StoreError
+from loadgen.errors import ServerError, StoreError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
 from loadgen.ramp import SweepPlan
@@ -25,9 +25,11 @@ from loadgen.target import Target
 from loadgen.telemetry import server as watch
 from loadgen.telemetry.signs import series, signs_of
 from loadgen.view import View
+from servers import death
 from servers.base import Server
 
-PATIENCE_S = 60.0  # for a server that is up already, or the simulator
+QUICK_S = 60.0  # a server that may take longer to start is seen to be waited for
+SERVER_LOG = "server.log"  # in the run folder
 TROUBLE = frozenset({Outcome.SERVER_ERROR_EVENT, Outcome.DISCONNECTED, Outcome.CONNECT_FAILED,
                      Outcome.HTTP_ERROR, Outcome.ABORTED})
 
@@ -44,7 +46,7 @@ class Session(Struct, frozen=True):
     headers: dict[str, str]
     processes: int
     command: list[str]  # the words after `loadgen`
-    patience_s: float = PATIENCE_S
+    patience_s: float | None = None  # the server's own, if None
 
 
 def run_sweep(session: Session, plan: SweepPlan, view: View) -> SweepResult:
@@ -77,7 +79,7 @@ async def _session(session: Session, view: View,
     RunFolder.check_free(session.out)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(asyncio.to_thread, session.server.stop)
-        target = await _ready(session, session.server.start())
+        target = await _ready(session, view)
         ratios = await calibrate.ratios(target, session.scenario, session.seed)
         folder = RunFolder.create(session.out, facts.manifest(
             session.out, ["loadgen", *session.command], session.scenario, session.seed,
@@ -146,9 +148,11 @@ class _Executor:
     async def restart(self, why: str) -> None:
         self._view.say(f"restarting the server: {why}")
         self._restarting = asyncio.current_task()
-        await asyncio.to_thread(self._session.server.stop)
-        await _ready(self._session, self._session.server.start())
-        self._restarting = None
+        try:
+            await asyncio.to_thread(self._session.server.stop)
+            await _ready(self._session, self._view)
+        finally:
+            self._restarting = None
 
     def interrupt(self) -> None:
         """Ctrl-C: the shards' affair, but while a server is waited for there is no load to end."""
@@ -184,10 +188,19 @@ class _Executor:
         return why
 
 
-async def _ready(session: Session, target: Target) -> Target:
-    """The target with the session's own model and headers, once it has streamed an answer."""
+async def _ready(session: Session, view: View) -> Target:
+    """Starts the server. The target with the session's own model and headers, once it has
+    streamed an answer."""
+    server, log = session.server, session.out / SERVER_LOG
+    target = server.start()
     headers = {**target.headers, **session.headers}
     model = session.model or target.model or await calibrate.the_model(target.base_url, headers)
     target = msgspec.structs.replace(target, headers=headers, model=model)
-    await calibrate.wait_ready(target, session.scenario, session.server.alive, session.patience_s)
+    patience_s = server.patience_s if session.patience_s is None else session.patience_s
+    try:
+        with (view.waiting(patience_s, lambda: death.last_line(log)) if patience_s > QUICK_S
+              else nullcontext()):
+            await calibrate.wait_ready(target, session.scenario, server.alive, patience_s)
+    except ServerError as e:
+        raise ServerError(target.scrub(f"{e}{death.says(log, str(e))}")) from e
     return target

@@ -8,6 +8,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from loadgen import ramp
+from loadgen.errors import ServerError
 from loadgen.judge import Criteria, Judgement, ServerSigns, judge
 from loadgen.leg import Ending, Leg, Window
 from loadgen.record import RequestRecord
@@ -42,7 +43,11 @@ async def sweep(plan: ramp.SweepPlan, scenario: Scenario, executor: Executor,
     while not isinstance(action, ramp.Stop):
         event: ramp.Event = ramp.Begin()
         if isinstance(action, ramp.Restart):
-            await executor.restart(action.why)
+            try:
+                await executor.restart(action.why)
+            except ServerError as e:  # what was found before stands
+                return SweepResult(list(state.history), "SERVER_DIED",
+                                   f"the server could not be restarted: {e}")
         else:
             window, judgement = await run_one(action.leg, scenario, plan.criteria, executor)
             judged(action.leg, judgement)

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shlex
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
@@ -70,9 +71,18 @@ def without_secrets(command: Sequence[str]) -> list[str]:
         if secret and eq:
             shown.append(f"{flag}={HIDDEN}")
         else:
-            shown.append(_without_password(word))
+            shown.append(_within(word))
         hide = first = secret and not eq
     return shown
+
+
+def _within(word: str) -> str:
+    """A word that may be a command line itself, as that of --server-cmd."""
+    try:
+        words = shlex.split(word) if " -" in word else [word]
+    except ValueError:
+        words = [word]
+    return shlex.join(without_secrets(words)) if len(words) > 1 else _without_password(word)
 
 
 def _without_password(url: str) -> str:

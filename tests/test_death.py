@@ -1,0 +1,149 @@
+"""What a server died of, by logs of real vLLMs: 0.32 on a CPU, 0.26 on a GPU."""
+
+from pathlib import Path
+
+import pytest
+
+from servers import death, vllm_log
+
+LOGS = Path(__file__).parent / "data" / "vllm" / "logs"
+
+CAUSES = {
+    "oom.log": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+    "gpu_oom_at_start.log": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 298.00",
+    "worker_killed.log": "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)",
+    "hang.log": "TimeoutError: RPC call to execute_model timed out.",
+    "bad_model_dir.log": "huggingface_hub.errors.HFValidationError: Repo id must be in the form",
+    "kv_larger_than_memory.log": "ValueError: Available memory on node 0 (7.85/9.46 GiB) on kv",
+    "kv_too_small.log": "ValueError: No available memory for the cache blocks.",
+    "sigterm.log": "[shutdown] API server: shutdown triggered",
+}
+
+
+def lines(name: str) -> list[str]:
+    return (LOGS / name).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", list(CAUSES))
+def test_the_line_that_names_the_cause_is_found(name: str) -> None:
+    said = death.cause(lines(name))
+    assert said is not None
+    assert said.startswith(CAUSES[name])
+    assert len(said) <= death.LONGEST
+
+
+def test_a_server_that_runs_died_of_nothing() -> None:
+    assert death.cause(lines("alive.log")) is None
+    assert death.cause([]) is None
+
+
+def test_a_request_s_error_before_the_death_is_not_its_cause() -> None:
+    """sigterm.log holds a JSONDecodeError and an unknown model: requests' own."""
+    said = death.cause(lines("sigterm.log")[:60] + lines("worker_killed.log"))
+    assert said is not None
+    assert "died unexpectedly (exit code: -9)" in said
+
+
+def test_hundreds_of_echoes_do_not_hide_the_cause() -> None:
+    log = lines("oom.log")
+    echo = log[next(i for i, x in enumerate(log) if "Error in chat completion stream" in x):]
+    assert "CUDA out of memory" in (death.cause(log + 300 * echo) or "")
+
+
+@pytest.mark.parametrize(("log", "cause"), [
+    (["usage: vllm serve [model_tag]", "vllm: error: unrecognized arguments: --max-seqs 3"],
+     "vllm: error: unrecognized arguments: --max-seqs 3"),
+    (["Traceback (most recent call last):", "OSError: [Errno 98] Address already in use"],
+     "OSError: [Errno 98] Address already in use"),
+    (["Traceback (most recent call last):",
+      "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+      "  Value error, max_model_len (99999) is greater than the derived 8192"],
+     "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig: "
+     "Value error, max_model_len (99999) is greater than the derived 8192"),
+    (["Traceback (most recent call last):", "KeyError: 'nosuch'", "",
+      "During handling of the above exception, another exception occurred:", "",
+      "Traceback (most recent call last):", "ValueError: model type `nosuch` is not known"],
+     "ValueError: model type `nosuch` is not known"),
+    (["cannot listen on 127.0.0.1:80: Permission denied"],
+     "cannot listen on 127.0.0.1:80: Permission denied"),
+    (["(APIServer pid=1) WARNING 11-20 23:11:06 [system_utils.py:255] This can cause fd limit "
+      "errors"], None)])
+def test_other_ways_to_say_it(log: list[str], cause: str | None) -> None:
+    assert death.cause(log) == cause
+
+
+@pytest.mark.parametrize("name", list(CAUSES))
+def test_the_context_is_short_and_says_neither_stacks_nor_echoes(name: str) -> None:
+    log = lines(name)
+    cause = death.cause(log) or ""
+    said = death.context(log, cause)
+    assert len(said) <= 8
+    assert len(said) == len(set(said))
+    for line in said:
+        assert "EngineDeadError" not in line
+        assert "Traceback" not in line
+        assert '  File "' not in line
+        assert cause not in line
+        assert "ERROR 11-20" not in line
+        assert len(line) < death.LONGEST + 30
+
+
+def test_the_context_says_who_spoke() -> None:
+    said = death.context(lines("hang.log"))
+    assert any(x.startswith("EngineCore: No available shared memory broadcast block")
+               for x in said)
+
+
+def test_a_server_without_a_log_says_nothing(tmp_path: Path) -> None:
+    assert death.says(tmp_path / "none.log", "") == ""
+    assert death.last_line(tmp_path / "none.log") == ""
+
+
+def test_what_a_server_said_ends_with_where_to_read_on() -> None:
+    said = death.says(LOGS / "kv_too_small.log", "")
+    assert "Explicitly set (0.0/9.46) GiB for KV cache" in said
+    assert said.endswith(f"the whole log: {LOGS / 'kv_too_small.log'}")
+
+
+# ------------------------------------------------------------------------------------------ facts
+
+
+def test_facts_of_a_start_on_a_cpu() -> None:
+    assert vllm_log.facts(lines("start_0.32_cpu.log")) == {
+        "version": "0.32.0", "max_model_len": 512, "block_size": 32, "max_num_seqs": 32,
+        "dtype": "bfloat16", "kv_cache_dtype": "auto", "tensor_parallel": 1,
+        "pipeline_parallel": 1, "data_parallel": 1, "enforce_eager": True, "device": "cpu",
+        "prefix_caching": True, "chunked_prefill": True, "kv_cache_tok": 768,
+        "max_concurrency": 1.5}
+
+
+def test_facts_of_a_start_on_a_gpu() -> None:
+    """0.26 says the maximum concurrency in a line of its own."""
+    found = vllm_log.facts(lines("start_0.26_gpu.log"))
+    assert found["version"] == "0.26.0"
+    assert found["kv_cache_tok"] == 2_063_088
+    assert found["max_concurrency"] == 62.96
+    assert found["max_model_len"] == 32768
+    assert found["max_num_batched_tokens"] == 8192
+    assert found["gpu_memory_utilization"] == 0.9
+    assert found["prefix_caching"] is False
+    assert "max_num_seqs" not in found  # vLLM's default: not in its log
+
+
+def test_a_log_that_says_nothing_gives_no_facts() -> None:
+    assert vllm_log.facts(["hello", "non-default args: {cut"]) == {}
+
+
+def test_the_model_s_shape_comes_from_its_folder_or_the_hub_s_cache(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "qwen2", "hidden_size": 64, "eos_token_id": 3, "head_dim": null,'
+        ' "quantization_config": {"quant_method": "fp8"}}')
+    shape = {"model_type": "qwen2", "hidden_size": 64, "quant_method": "fp8"}
+    assert vllm_log.model_config(str(tmp_path)) == shape
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "config.json").rename(snapshot / "config.json")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert vllm_log.model_config("a/b") == shape
+    assert vllm_log.model_config("a/c") == {}
