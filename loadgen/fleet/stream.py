@@ -6,12 +6,14 @@ for whole kilobytes and shows every TTFT as the end of the answer.
 import errno
 import http.client
 import io
+import os
 import select
 import socket
 import time
 from collections.abc import Iterator
 
 import gevent
+import gevent.local
 import gevent.monkey
 import requests
 import urllib3
@@ -25,6 +27,8 @@ from loadgen.scenario import Timeouts
 
 _OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 _STALE_NS = 1_000_000_000
+_READ = 2**18  # at most so many bytes at once; with a limit urllib3 also sees a body that is short
+_TURN_NS = 5_000_000  # whoever has always more to read lets the others have theirs after this time
 
 now_ns = time.monotonic_ns
 
@@ -34,9 +38,9 @@ class Expired(BaseException):
 
 
 def pool_manager() -> urllib3.PoolManager:
-    """For `HttpUser.pool_manager`: connections that are looked at without waiting. urllib3 polls a
-    kept-alive one before it is used again, which under gevent costs a timer's millisecond, and
-    the request would be sent that much too late."""
+    """For `HttpUser.pool_manager`: connections that say how long they took, and are looked at
+    without waiting. urllib3 polls a kept-alive one before it is used again, which under gevent
+    costs a timer's millisecond, and the request would be sent that much too late."""
     manager = urllib3.PoolManager(num_pools=2, maxsize=1)
     manager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
     return manager
@@ -54,24 +58,30 @@ def _is_quiet(sock: socket.socket | None) -> bool:
     return not poll.poll(0)
 
 
-class _Connection(urllib3.connection.HTTPConnection):
+_here = gevent.local.local()  # of this greenlet: how long its request waited for a connection
+
+
+class _Told(urllib3.connection.HTTPConnection):
+    def connect(self) -> None:
+        began_ns = now_ns()
+        super().connect()
+        _here.connect_ns = now_ns() - began_ns
+
     @property
     def is_connected(self) -> bool:
         return _is_quiet(self.sock)
 
 
-class _TlsConnection(urllib3.connection.HTTPSConnection):
-    @property
-    def is_connected(self) -> bool:
-        return _is_quiet(self.sock)
+class _TlsTold(_Told, urllib3.connection.HTTPSConnection):
+    pass
 
 
 class _Pool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _Connection
+    ConnectionCls = _Told
 
 
 class _TlsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
+    ConnectionCls = _TlsTold
 
 
 class Stream:
@@ -83,7 +93,6 @@ class Stream:
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream",
                          "Accept-Encoding": "identity", **headers}
         self.n_bytes = 0  # of the last answer
-        self._warm = False  # a request went over this connection before
 
     def send(self, recorder: Recorder, limits: Timeouts) -> tuple[Outcome | None, str | None]:
         """Sends one request and feeds what comes to the recorder. What ended it early, if
@@ -93,7 +102,7 @@ class Stream:
             try:
                 self._exchange(recorder, deadline)
             except (requests.RequestException, OSError) as e:
-                if not self._was_stale(recorder, e):
+                if not _was_stale(recorder, e):
                     raise
                 recorder.stale_retries += 1
                 self._session.close()
@@ -102,20 +111,20 @@ class Stream:
             return deadline.passed(recorder)
         except Exception as e:  # noqa: BLE001  (all of requests' and urllib3's: an outcome)
             return outcome_of(e)
-        self._warm = True
         return None, None
 
     def _exchange(self, recorder: Recorder, deadline: Deadline) -> None:
-        began_ns, self.n_bytes = now_ns(), 0
-        with _until(deadline):
-            answer = self._session.post(
-                self._url, data=_Body(recorder), headers=self._headers, stream=True,
-                catch_response=True, allow_redirects=False, name=recorder.shot.cls)
+        _here.connect_ns, self.n_bytes = None, 0
         try:
-            if answer.error is not None:
-                raise answer.error
-            if not self._warm and recorder.sent_ns is not None:
-                recorder.connect_wait_ns = recorder.sent_ns - began_ns
+            with _until(deadline):
+                answer = self._session.post(
+                    self._url, data=_Body(recorder), headers=self._headers, stream=True,
+                    catch_response=True, allow_redirects=False, name=recorder.shot.cls)
+        finally:
+            recorder.connect_wait_ns = _here.connect_ns
+        if answer.error is not None:  # none came: there is nothing to close
+            raise answer.error
+        try:
             recorder.response(now_ns(), answer.status_code,
                               answer.headers.get("Content-Type", ""),
                               "Retry-After" in answer.headers)
@@ -124,9 +133,13 @@ class Stream:
             answer.close()
 
     def _read(self, answer: requests.Response, recorder: Recorder, deadline: Deadline) -> None:
+        turn_ns = now_ns()
         while True:
             with _until(deadline):
-                data = answer.raw.read1()
+                if now_ns() - turn_ns > _TURN_NS:
+                    gevent.sleep(0)  # a read that finds bytes does not go through the loop
+                    turn_ns = now_ns()
+                data = answer.raw.read1(_READ, decode_content=True)
             if not data:
                 return
             recorder.feed(now_ns(), data)
@@ -135,13 +148,15 @@ class Stream:
                 return
             deadline.progress(recorder, time.monotonic())
 
-    def _was_stale(self, recorder: Recorder, error: Exception) -> bool:
-        """The connection was kept alive, and broke right when it was used again: the server had
-        closed it while it was idle and has not seen this request."""
-        broke = any(isinstance(e, http.client.RemoteDisconnected | ConnectionResetError
-                               | BrokenPipeError) for e in _chain(error))
-        return (broke and self._warm and recorder.status is None and (
-            recorder.sent_ns is None or now_ns() - recorder.sent_ns < _STALE_NS))
+
+def _was_stale(recorder: Recorder, error: Exception) -> bool:
+    """The connection was kept alive, and broke right when it was used again: the server had
+    closed it while it was idle and has not seen this request."""
+    broke = any(isinstance(e, http.client.RemoteDisconnected | ConnectionResetError
+                           | BrokenPipeError) for e in _chain(error))
+    reused = recorder.connect_wait_ns is None and recorder.status is None
+    return broke and reused and (
+        recorder.sent_ns is None or now_ns() - recorder.sent_ns < _STALE_NS)
 
 
 class _Body(io.BytesIO):
@@ -168,17 +183,37 @@ def outcome_of(error: Exception) -> tuple[Outcome, str]:
     root = chain[-1]
     if any(isinstance(e, OSError) and e.errno in _OURS for e in chain):
         return Outcome.DROPPED, str(root)
+    if isinstance(root, socket.gaierror) and _no_descriptor_left():
+        return Outcome.DROPPED, f"no file descriptor left to look up a name with: {root}"
     if any(isinstance(e, urllib3.exceptions.NewConnectionError | urllib3.exceptions.SSLError
                       | requests.exceptions.SSLError | requests.ConnectTimeout) for e in chain):
-        return Outcome.CONNECT_FAILED, str(root)
-    broken = http.client.RemoteDisconnected | http.client.IncompleteRead
-    if any(isinstance(e, http.client.HTTPException) and not isinstance(e, broken)
-           for e in chain):  # no HTTP, or a broken head
+        said = next((str(e) for e in chain if isinstance(
+            e, urllib3.exceptions.NewConnectionError)), f": {root}")
+        return Outcome.CONNECT_FAILED, said.partition(": ")[2]  # without an object's address
+    if any(_is_not_http(e) for e in chain):
         return Outcome.BAD_STREAM, f"{type(root).__name__}: {root}"
     network = requests.RequestException | urllib3.exceptions.HTTPError | OSError
     if isinstance(error, network) and not isinstance(error, ValueError):
         return Outcome.DISCONNECTED, f"{type(root).__name__}: {root}"
     return Outcome.DROPPED, f"{type(error).__name__}: {error}"  # a header that cannot be sent
+
+
+def _no_descriptor_left() -> bool:
+    """The resolver that cannot open its files says that there is no such name."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return True
+    return False
+
+
+def _is_not_http(error: BaseException) -> bool:
+    """The head or a chunk is none. (A chunk's size that is missing because the connection ended is
+    reported by http.client like one that is no number.)"""
+    if isinstance(error, ValueError):
+        return "base 16" in str(error) and not str(error).endswith("b''")
+    cut = http.client.RemoteDisconnected | http.client.IncompleteRead
+    return isinstance(error, http.client.HTTPException) and not isinstance(error, cut)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
