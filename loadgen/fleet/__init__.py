@@ -7,7 +7,7 @@ from locust import events
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 
-from loadgen.fleet import options
+from loadgen.fleet import options, web
 from loadgen.fleet.lifecycle import Lifecycle, install
 from loadgen.fleet.shapes import RampShape, ScenarioShape
 from loadgen.fleet.user import LLMUser
@@ -25,6 +25,8 @@ def _init(environment: Environment, **_: Any) -> None:
     lifecycle = Lifecycle(environment)
     lifecycle.init()
     install(environment, lifecycle)
+    if environment.web_ui is not None:
+        web.attach(environment, lifecycle)
 
 
 def _scenario_of(base: type[LLMUser]) -> str:

@@ -4,6 +4,7 @@ started. Everything hangs on Locust's own events:
     init → (test_start → spawning_complete … → test_stopping → test_stop) … → quitting → quit
 """
 
+import argparse
 import logging
 import shutil
 import subprocess
@@ -56,6 +57,8 @@ class Lifecycle:
         self.folder: Path | None = None  # of the last test
         self.failed: str | None = None  # why the last test could not be, or broke off
         self.server: Server | None = None  # of the test that runs
+        self.said: dict[str, Any] = {}  # the server's facts
+        self.starting = False  # what comes before the first user is under way
         self.report: gevent.Greenlet | None = None
         self._own: tuple[Server, Path, str] | None = None  # simulator, its log, its URL
         self._ready: tuple[options.Asked, Server, Prepared, Attendant] | None = None
@@ -89,17 +92,18 @@ class Lifecycle:
             log.error("%s", e)  # noqa: TRY400  (the operator's affair: no traceback)
             raise SystemExit(code_of(e)) from None
 
-    def prepare(self) -> None:
-        """Makes ready what the next test needs; the start form's errors show here. Raises
-        LoadgenError."""
+    def prepare(self, form: argparse.Namespace | None = None, host: str | None = None,
+                patience_s: float = prepare.PATIENCE_S) -> None:
+        """Makes ready what the next test needs, as a start form asks for it, or else the options.
+        Raises LoadgenError."""
         self.discard()
-        asked = options.asked(self._options)
+        asked = options.asked(form or self._options)
         RunFolder.check_free(prepare.folder_of(asked, self._tests))
         own, url = (self._own[0], self._own[2]) if self._own else (None, None)
         hosts = [c.host for c in self.environment.user_classes if c.host]
-        host = self.environment.host or next(iter(hosts), "")
+        host = host or self.environment.host or next(iter(hosts), "")
         server, target = prepare.server_of(host, own, url)
-        self._ready = asked, server, *prepare.prepare(asked, server, target)
+        self._ready = asked, server, *prepare.prepare(asked, server, target, patience_s)
 
     def discard(self) -> None:
         """What was made ready and not used."""
@@ -109,16 +113,19 @@ class Lifecycle:
 
     def test_start(self) -> None:
         """No user is spawned before this returns."""
-        if self.report is not None:
-            self.report.join()  # two cores: it must not run into the next measurement
         self.failed, self._interrupted = None, False
+        self.starting = True
         try:
+            if self.report is not None:
+                self.report.join()  # two cores: it must not run into the next measurement
             if self._ready is None:
                 self.prepare()
             self._begin()
         except LoadgenError as e:
             self._cannot(e)
             raise gevent.GreenletExit from None  # ends the greenlet that would spawn users
+        finally:
+            self.starting = False
 
     def test_stopping(self) -> None:
         """Users are about to be killed. Without a page, where nobody waits for a button, the load
@@ -200,7 +207,7 @@ class Lifecycle:
         self._legs, self._troubles = 0, 0
         if self._own is not None:
             self._log_from = self._own[1].stat().st_size
-        said = self.server.facts()
+        said = self.said = self.server.facts()
         folder = RunFolder.create(self.folder, facts.manifest(
             self.folder, ["locust", *sys.argv[1:]], prepared.scenario, prepared.seed,
             prepared.criteria, prepared.target, said, prepared.ratios))
@@ -280,7 +287,8 @@ class Lifecycle:
         return Open(rate_rps=PerSecond(rate), max_inflight=users), rate
 
     def _break_off(self, ending: Ending, why: str) -> None:
-        self.failed = why
+        assert self.run is not None
+        self.failed = why = self.run.prepared.target.scrub(why)
         log.error("%s", why if ending == "failed" else f"the server died: {why}")
         self.end_leg(ending, why)
         self.stop_test()

@@ -1,25 +1,32 @@
-"""What the web page shows while a test runs: per class, and once a second over time."""
+"""What the web page shows while a test runs: per class, and once a second over time.
 
+It is computed once a second, in the loop that stamps answers: each record is looked at once, and
+of the gaps at most some thousands are sorted, however many there are.
+"""
+
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from loadgen import metrics
 from loadgen.fleet.run import RECENT_S, FleetRun
-from loadgen.record import RequestRecord
+from loadgen.record import Outcome, RequestRecord
 
 KEEP = 3600  # samples, one a second
+GAPS = 4000  # of all gaps so many stand for them
 TOTAL = "all"
+NO_ERROR = (Outcome.OK, Outcome.ABANDONED, Outcome.CANCELLED, Outcome.THROTTLED)
 
 now_ns = time.monotonic_ns
 
 
-class Sample(Struct, frozen=True):
-    """One instant of the test; quantiles are of the requests that ended in the last 30 s. Absent
-    is None."""
+class Sample(Struct, frozen=True, array_like=True):
+    """One instant of the test; all but the first four are of the requests that ended in the last
+    30 s, without those that Locust cut off. Absent is None."""
 
     t_s: float  # since the test's start
     users: int
@@ -27,7 +34,8 @@ class Sample(Struct, frozen=True):
     tok_rate: float  # output tokens per second, of the last second or so
     good_rps: float
     attainment: float | None
-    errors: int  # of the last 30 s
+    errors: int
+    throttled: int
     ttft_p50_s: float | None
     ttft_p90_s: float | None
     tpot_p50_s: float | None
@@ -48,6 +56,23 @@ class Now(Struct, frozen=True):
     good_frac: float | None
 
 
+class Failures(Struct):
+    """All of one outcome since the test's start; the server's words are of the last."""
+
+    outcome: str
+    n: int
+    last: str | None
+
+
+class _Seen(Struct, frozen=True):
+    """What is needed of a record again and again."""
+
+    record: RequestRecord
+    good: bool
+    ttft_s: float | None
+    tpot_s: float | None
+
+
 class Live:
     """The samples of the test that runs, or of the last one."""
 
@@ -55,69 +80,98 @@ class Live:
         self.samples: deque[Sample] = deque(maxlen=KEEP)
         self.run: FleetRun | None = None
         self.running = False
+        self.failures: dict[Outcome, Failures] = {}
+        self._seen: deque[_Seen] = deque()
+        self._newest: RequestRecord | None = None
+        self._rows: list[Now] = []
 
     def begin(self, run: FleetRun) -> None:
         self.samples.clear()
+        self._seen.clear()
+        self.failures = {}
         self.run, self.running = run, True
         self._t0_ns = now_ns()
         self._before = self._t0_ns, 0
+        self._rows = self._all_rows(run, self._t0_ns)
 
     def stop(self) -> None:
+        """Rows and samples stay as they were before the last users were cut off."""
+        if self.run is not None:
+            self._take(self.run)
         self.running = False
 
     def sample(self, run: FleetRun, users: int) -> None:
         """To be called once a second."""
+        self._take(run)
         now = now_ns()
-        written = run.ended_tok + sum(r.n_events for _, r in run.flights.values())
-        since_ns, before = self._before
-        self._before = now, written
-        row = self._row(run, TOTAL, list(run.recent), now)
-        recent = self._recent(run.recent, now)
+        while self._seen and now - self._seen[0].record.end_ns > RECENT_S * 1e9:
+            self._seen.popleft()
+        self._rows = self._all_rows(run, now)
+        row, outcomes = self._rows[-1], [s.record.outcome for s in self._seen]
         self.samples.append(Sample(
-            t_s=(now - self._t0_ns) / 1e9, users=users, inflight=row.inflight,
-            tok_rate=max(0, written - before) / max(1e-9, (now - since_ns) / 1e9),
-            good_rps=row.good_rps, attainment=row.good_frac,
-            errors=sum(metrics.e2e_s(r) is None for r in recent), ttft_p50_s=row.ttft_p50_s,
+            t_s=round((now - self._t0_ns) / 1e9, 2), users=users, inflight=row.inflight,
+            tok_rate=self._tok_rate(run, now), good_rps=row.good_rps, attainment=row.good_frac,
+            errors=sum(o not in NO_ERROR for o in outcomes),
+            throttled=outcomes.count(Outcome.THROTTLED), ttft_p50_s=row.ttft_p50_s,
             ttft_p90_s=row.ttft_p90_s, itl_p90_s=row.itl_p90_s,
-            tpot_p50_s=_q((metrics.tpot_s(r) for r in recent), 0.5)))
+            tpot_p50_s=_q((s.tpot_s for s in self._seen), 0.5)))
 
     def rows(self) -> list[Now]:
-        """One per class, then all together; [] when there was no test yet."""
-        run = self.run
-        if run is None:
-            return []
-        now, recent = now_ns(), list(run.recent)
+        """One per class, then all together, at most a second old; after a stop, as they were
+        before it. [] when there was no test yet."""
+        if self.running:
+            return self._rows
+        return [msgspec.structs.replace(row, inflight=0) for row in self._rows]
+
+    def _take(self, run: FleetRun) -> None:
+        """Looks at the records that came since."""
+        fresh = itertools.takewhile(lambda r: r is not self._newest, reversed(run.recent))
+        for r in reversed(list(fresh)):
+            self._newest = r
+            good = not metrics.misses(r, run.prepared.slo(r.cls))
+            self._seen.append(_Seen(r, good, metrics.ttft_s(r), metrics.tpot_s(r)))
+            if r.outcome not in NO_ERROR or r.outcome is Outcome.THROTTLED:
+                failures = self.failures.setdefault(r.outcome, Failures(r.outcome.value, 0, None))
+                failures.n += 1
+                failures.last = r.error or failures.last
+
+    def _tok_rate(self, run: FleetRun, now: int) -> float:
+        written = run.ended_tok + sum(r.n_events for _, r in run.flights.values())
+        (since_ns, before), self._before = self._before, (now, written)
+        return round(max(0, written - before) / max(0.1, (now - since_ns) / 1e9), 1)
+
+    def _all_rows(self, run: FleetRun, now: int) -> list[Now]:
         classes = [c.name for c in run.prepared.scenario.classes]
-        return [*(self._row(run, c, [r for r in recent if r.cls == c], now) for c in classes),
-                self._row(run, TOTAL, recent, now)]
+        return [*(self._row(run, c, [s for s in self._seen if s.record.cls == c], now)
+                  for c in classes), self._row(run, TOTAL, self._seen, now)]
 
-    def _row(self, run: FleetRun, name: str, records: Sequence[RequestRecord], now: int) -> Now:
-        recent = self._recent(records, now)
+    def _row(self, run: FleetRun, name: str, seen: Iterable[_Seen], now: int) -> Now:
         over_s = max(1.0, min(RECENT_S, (now - self._t0_ns) / 1e9))
-        good = sum(not metrics.misses(r, run.prepared.slo(r.cls)) for r in recent)
         from_ns = now - round(over_s * 1e9)
-        tokens = sum((r.output_tok or 0) * metrics.share_inside(r, from_ns, now) for r in recent)
+        seen = list(seen)
+        tokens = sum((s.record.output_tok or 0) * (s.record.due_ns >= from_ns or
+                     metrics.share_inside(s.record, from_ns, now)) for s in seen)
         flights = [r for _, r in run.flights.values() if name in (TOTAL, r.shot.cls)]
-        tokens += sum(r.n_events * (over_s * 1e9 > now - r.shot.due_ns) for r in flights)
+        tokens += sum(r.n_events for r in flights if r.shot.due_ns >= from_ns)
+        ended = [s for s in seen if s.record.outcome is not Outcome.CANCELLED]
+        good = sum(s.good for s in ended)
         return Now(
-            name=name, inflight=len(flights), n=len(recent),
-            ttft_p50_s=_q(map(metrics.ttft_s, recent), 0.5),
-            ttft_p90_s=_q(map(metrics.ttft_s, recent), 0.9),
-            itl_p90_s=_q((gap / 1e6 for r in recent for gap in r.gaps_us), 0.9),
-            tok_rate=tokens / over_s, good_rps=good / over_s,
-            good_frac=good / len(recent) if recent else None)
+            name=name, inflight=len(flights), n=len(ended),
+            ttft_p50_s=_q((s.ttft_s for s in ended), 0.5),
+            ttft_p90_s=_q((s.ttft_s for s in ended), 0.9),
+            itl_p90_s=_q(_gaps_s([s.record for s in ended]), 0.9),
+            tok_rate=round(tokens / over_s, 1), good_rps=round(good / over_s, 3),
+            good_frac=round(good / len(ended), 4) if ended else None)
 
-    @staticmethod
-    def _recent(records: Iterable[RequestRecord], now: int) -> list[RequestRecord]:
-        return [r for r in records if now - r.end_ns < RECENT_S * 1e9]
+
+def _gaps_s(records: Sequence[RequestRecord]) -> list[float]:
+    """Gaps of all records alike, thinned out evenly where there are many."""
+    every = max(1, sum(len(r.gaps_us) for r in records) // GAPS)
+    return [gap / 1e6 for i, r in enumerate(records) for gap in r.gaps_us[i % every::every]]
 
 
 def _q(values: Iterable[float | None], q: float) -> float | None:
     """Absent values are left out; None where too few are left to have this quantile."""
     found = [v for v in values if v is not None]
     quantile = metrics.quantile(found, q) if found and len(found) >= 1 / (1 - q) else None
-    return quantile.value if quantile else None
-
-
-def plain(value: Any) -> Any:
-    return None if value is None else round(float(value), 6)
+    return round(quantile.value, 5) if quantile else None

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from locust.argument_parser import LocustArgumentParser
@@ -14,8 +14,11 @@ from loadgen.errors import ScenarioError
 from loadgen.scenario import Scenario
 
 SHOWN_KEY = "********"  # stands for a key that was given: Locust writes defaults into its page
+FIELDS = ("scenario", "model", "api_key", "slo", "rate")  # of ours in the start form
 
 _key = os.environ.get("LOADGEN_API_KEY", "")
+_typed = ""  # into the form
+_default = ""  # the scenario that the locustfile's users name
 
 
 class Asked(Struct, frozen=True):
@@ -44,13 +47,13 @@ class _Key(argparse.Action):
 
 def add_arguments(parser: LocustArgumentParser, default: str) -> None:
     """`default`: the scenario that the locustfile's users name."""
-    ours = parser.add_argument_group("loadgen", "What is asked of the LLM server")
-    add = ours.add_argument
+    global _default  # noqa: PLW0603
+    _default = default
+    add = parser.add_argument  # a group's would not reach the start form
     add("--scenario", default=default, choices=_Names(names(default)), metavar="NAME",
         help="What users ask: a shipped scenario, one of ./scenarios, or a path to a .toml file")
     add("--model", default="", help="Model name to ask for. Default: the server's only one")
-    parser.add_argument(
-        "--api-key", default=SHOWN_KEY if _key else "", action=_Key, is_secret=True,
+    add("--api-key", default=SHOWN_KEY if _key else "", action=_Key, is_secret=True,
         help="Sent as a bearer token. Also $LOADGEN_API_KEY. Never written down")
     add("--slo", default="", help="Limits instead of the scenario's: ttft=1s,tpot=50ms")
     add("--rate", type=float, default=0.0,
@@ -100,7 +103,7 @@ def asked(options: argparse.Namespace) -> Asked:
         raise ScenarioError(f"--rate {options.rate:g}: give requests per second, or 0 for none")
     if not 0.5 <= options.slo_target < 1:
         raise ScenarioError(f"--slo-target {options.slo_target:g}: give a share from 0.5 to 1")
-    key = _key if options.api_key == SHOWN_KEY else options.api_key
+    key = key_of(options)
     if any(ord(c) < 32 or ord(c) == 127 for c in key):
         raise ScenarioError("--api-key holds a line break or another control character")
     return Asked(
@@ -110,18 +113,37 @@ def asked(options: argparse.Namespace) -> Asked:
         server_options=options.server_options, report=not options.no_report)
 
 
-def wrong(form: Iterable[tuple[str, str]], options: argparse.Namespace) -> str | None:
-    """What is wrong with a start form, in words for the page. Only what the form offers may be
-    named there: whoever sees the page need not see this host's files."""
-    given = {k: v for k, v in form if hasattr(options, k)}
-    if given.get("scenario", options.scenario) not in names(options.scenario):
-        return f"no scenario {given['scenario']!r} is offered"
+def key_of(options: argparse.Namespace) -> str:
+    return (_typed or _key) if options.api_key == SHOWN_KEY else str(options.api_key)
+
+
+def apply(form: argparse.Namespace, options: argparse.Namespace) -> None:
+    """Makes a checked form's fields the options. A key that was typed is kept here, and is not
+    among them."""
+    global _typed  # noqa: PLW0603
+    _typed = key_of(form)
+    vars(options).update({k: getattr(form, k) for k in FIELDS})
+    options.api_key = SHOWN_KEY if _typed else ""
+
+
+def of_form(form: Mapping[str, str], options: argparse.Namespace) -> argparse.Namespace:
+    """The options with a start form's fields in their place. Raises ScenarioError, in words for
+    the page: only what the form offers may be named there, since whoever sees the page need not
+    see this host's files."""
+    given: dict[str, object] = {k: form[k] for k in FIELDS if k in form}
+    if given.get("scenario", options.scenario) not in {*names(_default), options.scenario}:
+        raise ScenarioError(f"no scenario {given['scenario']!r} is offered")
     try:
-        rate = float(given.get("rate", options.rate))
+        if "rate" in form:
+            given["rate"] = float(form["rate"] or 0)
     except ValueError:
-        return f"rate: {given['rate']!r} is no number"
-    try:
-        asked(argparse.Namespace(**{**vars(options), **given, "rate": rate}))
-    except ScenarioError as e:
-        return str(e)
-    return None
+        raise ScenarioError(f"rate: {form['rate']!r} is no number") from None
+    return argparse.Namespace(**{**vars(options), **given})
+
+
+def differ(form: Mapping[str, str], options: argparse.Namespace) -> list[str]:
+    """Our fields that a form would change."""
+    asks = of_form(form, options)
+    return [k for k in FIELDS if (
+        key_of(asks) != key_of(options) if k == "api_key"
+        else getattr(asks, k) != getattr(options, k))]

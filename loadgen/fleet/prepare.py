@@ -49,7 +49,8 @@ def _target(own: Server) -> Target:
     return own.target if isinstance(own, SimServer) else own.start()
 
 
-def prepare(asked: Asked, server: Server, target: Target) -> tuple[Prepared, Attendant]:
+def prepare(asked: Asked, server: Server, target: Target,
+            patience_s: float = PATIENCE_S) -> tuple[Prepared, Attendant]:
     """Waits until the server has streamed an answer, and measures how long prompts are there.
     Raises ScenarioError, ServerError."""
     headers = {**target.headers}
@@ -60,12 +61,12 @@ def prepare(asked: Asked, server: Server, target: Target) -> tuple[Prepared, Att
     attendant = Attendant(asked.scenario, target, seed)
     answer = None
     try:
-        answer = attendant.ask(Ask("ready", patience_s=PATIENCE_S), server.alive)
+        answer = attendant.ask(Ask("ready", patience_s=patience_s), server.alive)
     finally:
         if answer is None or answer.failed is not None:
             attendant.close()
     if answer.failed is not None:
-        raise (ServerError if answer.unreachable else ScenarioError)(answer.failed)
+        raise (ServerError if answer.unreachable else ScenarioError)(target.scrub(answer.failed))
     target = msgspec.structs.replace(target, model=answer.model)
     return Prepared(asked.scenario, target, answer.ratios, Criteria(target=asked.target),
                     seed), attendant
