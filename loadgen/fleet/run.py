@@ -8,6 +8,7 @@ the middle of their answers. Counting those as misses would blame the server; le
 them would be an average of survivors.)
 """
 
+import bisect
 import itertools
 import time
 import weakref
@@ -34,6 +35,7 @@ from loadgen.target import Target
 SETTLE_S = 10.0  # at most so long a leg waits for what was begun before all users were there
 LOOKAHEAD = 64  # bodies that are built in idle moments
 RECENT_S = 30.0  # what the live page looks back on
+SURPLUS_S = 0.2  # a user without a slot looks again
 HIDE_S = 0.1  # a user whose answer has just ended has asked again by then
 
 now_ns = time.monotonic_ns
@@ -78,6 +80,7 @@ class OnLeg:
         self.done = self.done_good = self.sampled = self.good = 0
         self.outcomes: Counter[Outcome] = Counter()
         self.complete_ns: int | None = None  # when all users were there
+        self.taken = 0  # requests that were handed out and have not landed
         self.stop_ns: int | None = None  # nothing that is due later is measured
         self.unsettled: set[int] = set()
         self._prepared = prepared
@@ -98,13 +101,33 @@ class OnLeg:
         return self.from_ns is not None and due_ns >= self.from_ns and (
             to_ns is None or due_ns < to_ns)
 
+    @property
+    def is_full(self) -> bool:
+        """A closed loop has no more slots: users are left over that Locust has yet to stop."""
+        return isinstance(self.leg.load, Closed) and self.taken >= self.leg.load.concurrency
+
     def next(self, cls: str | None) -> Planned:
         """The plan's next request; of class `cls`, where one is asked for."""
-        if cls is not None or not self._ahead:
+        if not self._ahead:
             return self._build(next(self._sessions), cls)
         if self._filling.ready():
             self._filling = gevent.spawn(self._fill)
-        return self._ahead.popleft()
+        planned = self._ahead.popleft()
+        if cls is None or cls == planned.cls:
+            return planned
+        return self._build(plan.Session(planned.k, planned.cls, planned.due_s, ()), cls)
+
+    def give_back(self, planned: Planned) -> None:
+        """Its user was stopped before it was due: another one sends it."""
+        bisect.insort(self._ahead, planned, key=lambda p: p.k)
+
+    def wait_until(self, due_ns: int) -> bool:
+        """Whose turn it is not yet holds its slot. False: the leg ended meanwhile."""
+        self.taken += 1
+        try:
+            return not self.over.wait(max(0.0, (due_ns - now_ns()) / 1e9))
+        finally:
+            self.taken -= 1
 
     def finish(self) -> None:
         self.over.set()
@@ -236,18 +259,27 @@ class FleetRun:
             if (on := self.on) is None:
                 self._begun.wait()
                 continue
+            if on.is_full:
+                on.over.wait(SURPLUS_S)
+                free_ns = None  # the slot that it may get is another's, and free only then
+                continue
             planned = on.next(cls)
-            if text is not None:
-                planned = self._with_text(planned, text, max_tokens)
             due_ns = now_ns() if free_ns is None else free_ns
             if planned.due_s is not None:
                 due_ns = on.t0_ns + round(planned.due_s * 1e9)
-                if on.over.wait(max(0.0, (due_ns - now_ns()) / 1e9)):
-                    continue  # the leg ended meanwhile: its plan is void
+                try:
+                    if not on.wait_until(due_ns):
+                        continue  # the leg ended meanwhile: its plan is void
+                except BaseException:
+                    on.give_back(planned)
+                    raise
+            if text is not None:
+                planned = self._with_text(planned, text, max_tokens)
             due_ns = max(due_ns, on.t0_ns)  # a user that comes over from the leg before
             recorder = Recorder(self._shot(on, planned, due_ns),
                                 self.prepared.scenario.throttle_status)
             self.flights[recorder.shot.seq] = on, recorder
+            on.taken += 1
             self._greenlets[recorder.shot.seq] = gevent.getcurrent()
             recorder.inflight = len(self.flights)
             return on, recorder
@@ -262,6 +294,7 @@ class FleetRun:
             self.failed = self.failed or str(e)
         good = not metrics.misses(record, self.prepared.slo(record.cls))
         on.unsettled.discard(record.seq)
+        on.taken -= 1
         on.done += 1
         on.done_good += good
         on.outcomes[record.outcome] += 1
