@@ -1,0 +1,256 @@
+"""A launched vLLM as in test_vllm.py, on a real one: on a CPU, with a tiny model, installed by
+`tests/vllm/install.sh`. Plumbing, records and token counts; its timings here say nothing."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loadgen import cli
+from loadgen.record import Outcome
+from loadgen.store import RunFolder
+from servers.base import free_port
+from servers.processes import alive
+from tests import test_cli
+from tests.test_cli import LOADGEN, Said, start
+from tests.test_end_to_end import (
+    endings,
+    kept,
+    outcomes,
+    over,
+    pid_of,
+    processes_in,
+    running,
+    wait,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Path(__file__).with_name("vllm")
+NEEDED = "vllm" in os.environ.get("LOADGEN_TESTS_NEED", "")
+
+
+def _vllm() -> Path:
+    """The `vllm` command of $LOADGEN_TEST_VLLM (itself, or its venv), else of .vllm-venv."""
+    given = Path(os.environ.get("LOADGEN_TEST_VLLM") or ROOT / ".vllm-venv")
+    return given / "bin" / "vllm" if given.is_dir() else given
+
+
+VLLM = _vllm()
+SERVE = f"{shlex.quote(str(VLLM))} serve"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
+    not NEEDED and not os.access(VLLM, os.X_OK),
+    reason="needs a vLLM: tests/vllm/install.sh, or its command in $LOADGEN_TEST_VLLM")]
+
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+       "DO_NOT_TRACK": "1"}
+FLAGS = ["--served-model-name", "tiny", "--load-format", "dummy", "--enforce-eager", "--dtype",
+         "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "64"]
+JUDGED = (cli.PASS, cli.SLO_MISSED, cli.INVALID, cli.INCONCLUSIVE)  # on two cores: any of them
+START_S = 240  # at most; 30 to 60 s on two cores that nobody else uses
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("model") / "tiny"
+    assert os.access(VLLM, os.X_OK), "needs a vLLM: tests/vllm/install.sh"
+    subprocess.run([VLLM.with_name("python"), TINY / "make_tiny_model.py", folder], check=True,
+                   timeout=60)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left(tmp_path: Path) -> Iterator[None]:
+    """After each test: no process of it lives on, whatever it calls itself."""
+    yield
+    left = processes_in(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == {}
+
+
+def launched(model: Path, *flags: str) -> list[str]:
+    """Words of a sweep or run that launches its vLLM."""
+    return ["--server", "vllm", "--server-cmd", SERVE, "--model", str(model), "--",
+            *FLAGS, *flags]
+
+
+def loadgen(*words: str, cwd: Path, env: dict[str, str] = ENV) -> Said:
+    said = test_cli.loadgen(*words, cwd=cwd, env=env, timeout=2 * START_S)
+    assert "Traceback" not in said.all, said.all
+    return said
+
+
+def assert_records_are_what_was_asked_for(folder: Path, cut: bool = False) -> None:
+    """Of a run on the tiny scenario: each answer is whole, and vLLM itself counted it so."""
+    records = kept(folder)
+    for r in records:
+        if cut and r.outcome is not Outcome.OK:
+            continue
+        assert (r.outcome, r.status, r.finish_reason) == (Outcome.OK, 200, "length"), r
+        assert r.tok_source == "usage"
+        assert r.output_tok == r.max_tokens == 12
+        assert r.prompt_tok is not None
+        assert 0.6 * 48 <= r.prompt_tok <= 1.5 * 48
+        assert r.sent_ns is not None
+        assert r.first_ns is not None
+        assert r.due_ns <= r.sent_ns <= r.first_ns <= r.end_ns
+    assert any(r.outcome is Outcome.OK for r in records)
+
+
+# --------------------------------------------------------------------- a server that runs already
+
+
+@pytest.fixture(scope="module")
+def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a `loadgen serve vllm`, for all tests that need no server of their own."""
+    folder: Path = tmp_path_factory.mktemp("served")
+    port = free_port()
+    with (folder / "log").open("w") as log, subprocess.Popen(
+            [*LOADGEN, "serve", "vllm", "--server-cmd", SERVE, "--model", str(model),
+             "--port", str(port), "--", *FLAGS], cwd=folder, env={**os.environ, **ENV},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0) as process:
+        try:
+            wait(lambda: process.poll() is not None or _answers(port), START_S)
+            assert process.poll() is None, (folder / "log").read_text()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+    wait(lambda: not processes_in(folder), 20)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def counters(url: str) -> dict[str, float]:
+    """vLLM's own counts of tokens so far."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return {name: float(value) for name, value in re.findall(
+        r"^vllm:(prompt_tokens_total|generation_tokens_total)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("load", [["--concurrency", "4"], ["--rate", "8"]])
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_what_is_asked_for_comes_back_and_is_counted_as_the_server_counts(
+        served: str, tmp_path: Path, load: list[str], endpoint: str) -> None:
+    mix = (TINY / "tiny.toml").read_text(encoding="utf-8")
+    (tmp_path / "mix.toml").write_text(f'endpoint = "{endpoint}"\n{mix}', encoding="utf-8")
+    before = counters(served)
+    said = loadgen("run", "./mix.toml", *load, "--num-prompts", "40", "--base-url", served, "--out",
+                   "r", cwd=tmp_path)
+    assert said.code in JUDGED, said.all
+    assert RunFolder(tmp_path / "r").manifest().model == "tiny"  # it serves just one
+    assert_records_are_what_was_asked_for(tmp_path / "r")
+    records = kept(tmp_path / "r")
+    assert len(records) == 40
+    now = counters(served)
+    asked = now["generation_tokens_total"] - before["generation_tokens_total"]
+    assert asked - sum(r.output_tok or 0 for r in records) <= 4  # "Hello": does it serve?
+    assert asked > sum(r.output_tok or 0 for r in records)
+    read = now["prompt_tokens_total"] - before["prompt_tokens_total"]
+    assert sum(r.prompt_tok or 0 for r in records) < read <= sum(
+        r.prompt_tok or 0 for r in records) + 30
+    names = {row.name for row in RunFolder(tmp_path / "r").rows()}
+    assert {"running", "waiting", "kv_frac", "preemptions"} <= names
+
+
+def test_a_model_that_is_not_served_is_refused(served: str, tmp_path: Path) -> None:
+    said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+                   "--base-url", served, "--model", "other", cwd=tmp_path)
+    assert said.code == cli.USAGE, said.all
+    assert "The model `other` does not exist" in said.err
+
+
+# ------------------------------------------------------------------------- one that it launches
+
+
+def test_a_sweep_launches_a_vllm_and_another_one_after_its_worker_was_killed(
+        model: Path, tmp_path: Path) -> None:
+    with start("sweep", str(TINY / "tiny.toml"), "--max-concurrency", "4", "--levels", "1,2,4",
+               "--budget", "150s", "--out", "r", *launched(model), cwd=tmp_path,
+               env=ENV) as process:
+        folder = tmp_path / "r"
+        wait(lambda: (folder / "legs.jsonl").exists() and len(endings(folder)) == 2, START_S)
+        time.sleep(2)
+        os.kill(pid_of(tmp_path, "VLLM::Worker"), signal.SIGKILL)
+        said = over(process, START_S + 200)
+    assert said.code in JUDGED, said.all
+    assert endings(folder)[:2] == ["done", "server_died"]
+    assert endings(folder)[2:]
+    assert set(endings(folder)[2:]) <= {"done", "cut"}  # by the new server
+    assert "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)" in said.out
+    log = (folder / "server.log").read_text(encoding="utf-8")
+    assert log.count("Application startup complete") == 2
+    assert_records_are_what_was_asked_for(folder, cut=True)
+    assert processes_in(tmp_path) == {}
+    assert (folder / "report.html").exists()
+
+
+def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
+        model: Path, tmp_path: Path) -> None:
+    with start("run", str(TINY / "tiny.toml"), "--concurrency", "2", "--duration", "60s", "--out",
+               "r", *launched(model, "--api-key", "sk-secret"), cwd=tmp_path,
+               env=ENV) as process:
+        wait(running(tmp_path / "r", 10), START_S)
+        engine = psutil.Process(pid_of(tmp_path, "VLLM::EngineCore"))
+        worker = psutil.Process(pid_of(tmp_path, "VLLM::Worker"))
+        os.kill(psutil.Process(engine.ppid()).pid, signal.SIGKILL)
+        said = over(process, 60)
+    assert alive([engine, worker]) == []
+    assert said.code == cli.DIED, said.all
+    assert "killed by signal 9" in said.out
+    assert endings(tmp_path / "r") == ["server_died"]
+    assert outcomes(tmp_path / "r")[Outcome.OK] >= 10
+    manifest = RunFolder(tmp_path / "r").manifest()
+    assert manifest.model == "tiny"
+    facts = manifest.server
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", str(facts["version"]))
+    assert facts["dtype"] == "bfloat16"
+    assert facts["max_model_len"] == 4096
+    assert facts["max_num_seqs"] == 64
+    assert facts["tensor_parallel"] == 1
+    assert facts["block_size"] == 128
+    assert facts["kv_cache_tok"] == 128 * int(str(facts["kv_cache_blocks"]))
+    assert facts["max_concurrency"] == int(str(facts["kv_cache_tok"])) / 4096
+    assert facts["env"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert facts["model_config"]["hidden_size"] == 128
+    for path in (tmp_path / "r").iterdir():
+        assert b"sk-secret" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(("flags", "cause"), [
+    (["--max-model-len", "99999"], "max_model_len"),
+    (["--kv-cache-memory-bytes", "1000"], "No available memory for the cache blocks")])
+def test_a_vllm_that_dies_at_its_start_is_exit_4_with_its_cause(
+        model: Path, tmp_path: Path, flags: list[str], cause: str) -> None:
+    env = {k: v for k, v in ENV.items() if k != "VLLM_CPU_KVCACHE_SPACE"}  # it goes over the flag
+    said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+                   "--out", "r", *launched(model, *flags), cwd=tmp_path, env=env)
+    assert said.code == cli.DIED, said.all
+    first, *context = said.err.strip().splitlines()
+    assert first.startswith("loadgen: the server died before it could serve: ")
+    assert cause in first
+    assert len(context) <= 10
+    assert context[-1] == "  the whole log: r/server.log"
+
+
+def test_a_loadgen_that_is_killed_while_vllm_starts_leaves_nothing_behind(
+        model: Path, tmp_path: Path) -> None:
+    with start("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+               *launched(model), cwd=tmp_path, env=ENV) as process:
+        wait(lambda: any("EngineCore" in x for x in processes_in(tmp_path).values()), START_S)
+        process.kill()
+        process.communicate()
+    wait(lambda: not processes_in(tmp_path), 20)
