@@ -20,9 +20,10 @@ from msgspec import Struct
 
 from loadgen import calibrate, scenario
 from loadgen.errors import LoadgenError, ServerError
+from loadgen.net import new_loop
 from loadgen.prompts import Ratio
 from loadgen.scenario import Scenario
-from loadgen.shard import die_with_parent, new_loop
+from loadgen.shard import die_with_parent
 from loadgen.store import RunFolder
 from loadgen.target import Target
 from loadgen.telemetry import server as watch

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import aiohttp
 
 from loadgen import openai, plan, prompts
-from loadgen.client import Client, now_ns
+from loadgen.client import Client
 from loadgen.errors import ScenarioError, ServerError
+from loadgen.net import now_ns
 from loadgen.prompts import Ratio
 from loadgen.record import Outcome, RequestRecord, Shot
 from loadgen.scenario import RequestClass, Scenario, longest

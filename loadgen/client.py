@@ -1,27 +1,37 @@
-"""The only request I/O: sends a Shot with aiohttp, tells a Recorder what came, maps the library's
-exceptions to outcomes. Never raises for a request."""
+"""The only request I/O: sends a Shot, tells a Recorder what came and when, maps failures to
+outcomes. Never raises for a request.
+
+A request is no task. While its answer streams in, bytes are kept with the stamp of the read that
+brought them; nothing is parsed but HTTP's framing, and nobody is woken, until the stream ends, a
+deadline is due, or much has piled up.
+"""
 
 import asyncio
+import contextlib
 import errno
-import time
+import functools
+import ssl
+from collections import deque
 from collections.abc import Callable
-from types import SimpleNamespace, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
+from urllib.parse import SplitResult, urlsplit
 
-import aiohttp
-
-from loadgen import __version__, openai
-from loadgen.deadline import Deadline
+from loadgen import __version__, net, openai
+from loadgen.connection import Connection, connect, proxy_header
+from loadgen.deadline import LINGER_S, Deadline
+from loadgen.net import now_ns
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
 from loadgen.scenario import Scenario
 from loadgen.target import Target
 
-_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 _OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
-_KEEPALIVE_S = 4.0  # uvicorn closes an idle connection after 5 s: be first
+_KEEPALIVE_NS = 4_000_000_000  # uvicorn closes an idle connection after 5 s: be first
 _STALE_NS = 1_000_000_000
+_CONNECT_S = 5.0
+_FOLD_BYTES = 65536  # what piles up of a stream before it is parsed: memory is bounded by it
 
-now_ns = time.monotonic_ns
+Landed = Callable[[RequestRecord], None]
 
 
 class Client:
@@ -31,139 +41,272 @@ class Client:
         self.target = target
         self.inflight = 0
         self._scenario = scenario
-        self._url = target.base_url + openai.PATHS[scenario.endpoint]
+        self._idle: deque[Connection] = deque()  # the last used at the right
+        self._flights: set[Flight] = set()
 
     async def __aenter__(self) -> Self:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_start.append(_connecting)
-        trace.on_connection_create_end.append(_connected)
-        trace.on_connection_reuseconn.append(_reused)
-        trace.on_request_headers_sent.append(_sent)
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream",
-                   "Accept-Encoding": "identity", "User-Agent": f"loadgen/{__version__}",
-                   **self.target.headers}
-
-        def session(**pool: Any) -> aiohttp.ClientSession:
-            return aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=None, **pool),
-                timeout=_NO_TIMEOUT, trace_configs=[trace], read_bufsize=2**20, headers=headers)
-
-        self._session = session(keepalive_timeout=_KEEPALIVE_S)
-        self._fresh = session(force_close=True)  # a retry must not land on the next stale one
+        self.loop = asyncio.get_running_loop()
+        self.direct = net.direct_of(self.loop)
+        self.clock = net.Clock()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,
                         tb: TracebackType | None) -> None:
-        await self._session.close()
-        await self._fresh.close()
+        for flight in list(self._flights):
+            flight.cancel()
+        while self._idle:
+            self._idle.pop().close()
 
     async def open_connections(self, n: int) -> None:
-        """Opens n connections into the pool, so that no request pays for its handshake. Whatever
+        """Opens connections until n are idle, so that no request pays for its handshake. Whatever
         goes wrong here shows in the requests themselves."""
         async def one() -> None:
             try:
-                async with asyncio.timeout(5):
-                    async with self._session.get(f"{self.target.base_url}/v1/models",
-                                                 trace_request_ctx=None) as answer:
-                        await answer.read()
-            except (aiohttp.ClientError, TimeoutError, OSError):
+                async with asyncio.timeout(_CONNECT_S):
+                    self._idle.append(await self.connection())
+            except (OSError, ValueError, TimeoutError):
                 pass
-        await asyncio.gather(*(one() for _ in range(n)))
+        await asyncio.gather(*(one() for _ in range(n - len(self._idle))))
+
+    def launch(self, shot: Shot, landed: Landed) -> "Flight":
+        """Sends a request now (as soon as it has a connection); `landed` gets its record."""
+        flight = Flight(self, shot, self._scenario, landed)
+        self._flights.add(flight)
+        self.inflight += 1
+        flight.recorder.inflight = self.inflight
+        flight.start()
+        return flight
 
     async def send(self, shot: Shot) -> RequestRecord:
-        """Sends one request and reads its stream to the end. To give it up, cancel the task: the
-        record is then CANCELLED, with what had come."""
-        recorder = Recorder(shot, self._scenario.throttle_status)
-        self.inflight += 1
-        recorder.inflight = self.inflight
+        """Sends one request and waits for its record. To give it up, cancel the task: the record
+        is then CANCELLED, with what had come."""
+        done: asyncio.Future[RequestRecord] = self.loop.create_future()
+        flight = self.launch(shot, done.set_result)
         try:
-            failure, error = await self._guarded(recorder)
-        finally:
-            self.inflight -= 1
-        record = recorder.end(now_ns(), failure, error)
-        if record.error is not None:
-            record.error = self.target.scrub(record.error)
-        return record
-
-    async def _guarded(self, recorder: Recorder) -> tuple[Outcome | None, str | None]:
-        """Runs the exchange; what ended it early, if anything, as an outcome and in words."""
-        clock_s = asyncio.get_running_loop().time
-        deadline = Deadline(self._scenario.timeouts_of(recorder.shot.cls),
-                            recorder.shot.abandon_after_s, clock_s())
-        try:
-            async with asyncio.timeout_at(deadline.when_s) as timeout:
-                def progress() -> None:
-                    deadline.progress(recorder, clock_s())
-                    timeout.reschedule(deadline.when_s)
-
-                await self._exchange(recorder, progress)
-        except TimeoutError:
-            return deadline.passed(recorder)
+            await asyncio.wait([done])
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None:  # the request is what was cancelled; its task lives on
                 task.uncancel()
-            return Outcome.CANCELLED, None
-        except aiohttp.ClientConnectorError as e:
-            ours = e.errno in _OURS
-            return Outcome.DROPPED if ours else Outcome.CONNECT_FAILED, str(e)
-        except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError, OSError) as e:
-            ours = isinstance(e, OSError) and e.errno in _OURS
-            return Outcome.DROPPED if ours else Outcome.DISCONNECTED, f"{type(e).__name__}: {e}"
-        except aiohttp.ClientError as e:  # not HTTP, or a broken head
-            return Outcome.BAD_STREAM, f"{type(e).__name__}: {e}"
-        except ValueError as e:  # a header that cannot be sent
-            return Outcome.DROPPED, f"{type(e).__name__}: {e}"
-        return None, None
+            flight.cancel()
+        return done.result()
 
-    async def _exchange(self, recorder: Recorder, progress: Callable[[], None]) -> None:
-        """One request; sent once more if the kept-alive connection turned out to be closed."""
+    # ------------------------------------------------------------------------- for its flights
+
+    def take(self) -> Connection | None:
+        """A kept-alive connection."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.open and now_ns() - connection.idle_since_ns < _KEEPALIVE_NS:
+                return connection
+            connection.close()
+        return None
+
+    def give(self, connection: Connection) -> None:
+        if connection.open:
+            self._idle.append(connection)
+
+    def landed(self, flight: "Flight") -> None:
+        self._flights.discard(flight)
+        self.inflight -= 1
+
+    async def connection(self) -> Connection:
+        """A new one. Raises OSError, ValueError."""
+        sock, tls = await connect(self._url, self._proxy, self._context)
+        connection = Connection(sock, tls, self.clock, self.direct, self._forget)
+        connection.idle_since_ns = now_ns()
+        return connection
+
+    def request(self, body: bytes) -> bytes:
+        """Head and body. Raises ValueError if a header cannot be sent."""
+        return b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
+
+    @functools.cached_property
+    def _head(self) -> bytes:
+        url, headers = self._url, {
+            "Host": self._url.netloc.rpartition("@")[2], "Content-Type": "application/json",
+            "Accept": "text/event-stream", "Accept-Encoding": "identity",
+            "User-Agent": f"loadgen/{__version__}", **self.target.headers}
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        if any("\r" in x or "\n" in x or "\0" in x for x in lines):
+            raise ValueError("a header holds a line break")
+        where, extra = url.path + openai.PATHS[self._scenario.endpoint], ""
+        if self._proxy is not None and url.scheme == "http":
+            where, extra = f"http://{headers['Host']}{where}", proxy_header(self._proxy)
+        return (f"POST {where} HTTP/1.1\r\n" + "".join(f"{x}\r\n" for x in lines) + extra
+                + "Content-Length: ").encode("latin-1")
+
+    @functools.cached_property
+    def _url(self) -> SplitResult:
+        url = urlsplit(self.target.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"{self.target.base_url!r} is no http:// or https:// address")
+        _ = url.port  # a bad one raises
+        return url
+
+    @functools.cached_property
+    def _proxy(self) -> SplitResult | None:
+        return urlsplit(self.target.proxy) if self.target.proxy else None
+
+    @functools.cached_property
+    def _context(self) -> ssl.SSLContext | None:
+        return ssl.create_default_context() if self._url.scheme == "https" else None
+
+    def _forget(self, connection: Connection) -> None:
+        """An idle connection was closed by the server."""
+        with contextlib.suppress(ValueError):
+            self._idle.remove(connection)
+
+
+class Flight:
+    """One request under way: a Sink for its connection."""
+
+    def __init__(self, client: Client, shot: Shot, scenario: Scenario, landed: Landed) -> None:
+        self.recorder = Recorder(shot, scenario.throttle_status)
+        self._client, self._landed = client, landed
+        self._deadline = Deadline(scenario.timeouts_of(shot.cls), shot.abandon_after_s,
+                                  client.loop.time())
+        self._timer: asyncio.TimerHandle | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._connection: Connection | None = None
+        self._reads: list[tuple[int, bytes]] = []  # (stamp, body bytes), not parsed yet
+        self._bytes = 0
+        self._over = False
+
+    def start(self) -> None:
         try:
-            await self._request(self._session, recorder, progress)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as e:
-            if isinstance(e, aiohttp.ClientConnectorError) or not _was_stale(recorder):
-                raise
-            recorder.stale_retries += 1
-            await self._request(self._fresh, recorder, progress)
+            request = self._client.request(self.recorder.shot.body)
+        except ValueError as e:
+            self._client.loop.call_soon(self._land, Outcome.CONNECT_FAILED, str(e))
+            return
+        self._wait()
+        connection = self._client.take()
+        if connection is None:
+            self._connecting = self._client.loop.create_task(self._connect_and_send(request))
+        else:
+            self._send(connection, request)
 
-    async def _request(self, session: aiohttp.ClientSession, recorder: Recorder,
-                       progress: Callable[[], None]) -> None:
-        async with session.post(self._url, data=recorder.shot.body, allow_redirects=False,
-                                trace_request_ctx=recorder) as answer:
-            recorder.response(now_ns(), answer.status, answer.headers.get("Content-Type", ""),
-                              "Retry-After" in answer.headers)
-            while data := await answer.content.readany():
-                recorder.feed(now_ns(), data)
-                if recorder.fatal is Outcome.BAD_STREAM:
-                    answer.close()
-                    return
-                progress()
+    def cancel(self) -> None:
+        self._land(Outcome.CANCELLED, None)
 
+    # ------------------------------------------------------------------------------------- out
 
-def _was_stale(recorder: Recorder) -> bool:
-    """The connection was kept alive, and broke right when it was used again: the server had
-    closed it while it was idle and has not seen this request."""
-    reused = recorder.connect_wait_ns is None and recorder.status is None
-    return reused and (recorder.sent_ns is None or now_ns() - recorder.sent_ns < _STALE_NS)
+    async def _connect_and_send(self, request: bytes) -> None:
+        began_ns = now_ns()
+        try:
+            connection = await self._client.connection()
+        except OSError as e:
+            ours = e.errno in _OURS
+            self._land(Outcome.DROPPED if ours else Outcome.CONNECT_FAILED, self._where(e))
+            return
+        except ValueError as e:
+            self._land(Outcome.CONNECT_FAILED, str(e))
+            return
+        self.recorder.connect_wait_ns = now_ns() - began_ns
+        self._send(connection, request)
 
+    def _where(self, error: OSError) -> str:
+        return f"cannot connect to {self._client.target.base_url}: {error}"
 
-# ------------------------------------------------------------- what aiohttp tells while it connects
+    def _send(self, connection: Connection, request: bytes) -> None:
+        self._connection = connection
+        try:
+            self.recorder.sent(connection.exchange(request, self))
+        except OSError as e:
+            connection.close()
+            self.broke(e, began=False)
 
+    # ------------------------------------------------------------------------------ its answer
 
-async def _connecting(_: object, ctx: SimpleNamespace, __: object) -> None:
-    ctx.connect_start_ns = now_ns()
+    def head(self, stamp_ns: int, status: int, headers: dict[bytes, bytes]) -> None:
+        self.recorder.response(
+            stamp_ns, status, headers.get(b"content-type", b"").decode("latin-1"),
+            b"retry-after" in headers)
 
+    def body(self, stamp_ns: int, data: bytes, kernel: bool) -> None:
+        self._reads.append((stamp_ns, data))
+        self._bytes += len(data)
+        if not kernel:
+            self.recorder.stamp_kind = "user"
+        if data.endswith(b"[DONE]\n\n"):  # some servers keep the body open after it
+            self._linger()
+        elif self._bytes > _FOLD_BYTES:
+            self._fold()
+            if self.recorder.fatal is Outcome.BAD_STREAM:
+                self._land(None, None)
 
-async def _connected(_: object, ctx: SimpleNamespace, __: object) -> None:
-    if isinstance(ctx.trace_request_ctx, Recorder):
-        ctx.trace_request_ctx.connect_wait_ns = now_ns() - ctx.connect_start_ns
+    def end(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._client.give(connection)
+        self._land(None, None)
 
+    def broke(self, error: Exception | None, began: bool) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and connection.used > 1 and not began and self._just_sent():
+            self.recorder.stale_retries += 1  # the server had closed it while it was idle
+            if self.recorder.stale_retries == 1:
+                request = self._client.request(self.recorder.shot.body)
+                self._connecting = self._client.loop.create_task(self._connect_and_send(request))
+                return
+        what = "the server closed the connection" if error is None else (
+            f"{type(error).__name__}: {error}")
+        ours = isinstance(error, OSError) and error.errno in _OURS
+        self._land(Outcome.DROPPED if ours else Outcome.DISCONNECTED, what)
 
-async def _reused(_: object, ctx: SimpleNamespace, __: object) -> None:
-    if isinstance(ctx.trace_request_ctx, Recorder):
-        ctx.trace_request_ctx.connect_wait_ns = None
+    def garbage(self, why: str) -> None:
+        self._connection = None
+        self._land(Outcome.BAD_STREAM, why)
 
+    def _just_sent(self) -> bool:
+        sent_ns = self.recorder.sent_ns
+        return sent_ns is None or now_ns() - sent_ns < _STALE_NS
 
-async def _sent(_: object, ctx: SimpleNamespace, __: object) -> None:
-    if isinstance(ctx.trace_request_ctx, Recorder):
-        ctx.trace_request_ctx.sent(now_ns())
+    # ------------------------------------------------------------------------------- deadlines
+
+    def _wait(self) -> None:
+        """Until the deadline; looked at in between, as a first token brings one that is nearer."""
+        loop = self._client.loop
+        self._timer = loop.call_at(
+            min(self._deadline.when_s, loop.time() + self._deadline.stall_s), self._due)
+
+    def _due(self) -> None:
+        """The deadline as it was known is here; what has come since may have moved it."""
+        self._fold()
+        last_ns = self.recorder.last_ns
+        if last_ns is not None:
+            self._deadline.progress(self.recorder, last_ns / 1e9)
+        if self._deadline.when_s > self._client.loop.time():
+            self._wait()
+        else:
+            self._land(*self._deadline.passed(self.recorder))
+
+    def _linger(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._client.loop.call_later(LINGER_S, self._due)
+
+    # -------------------------------------------------------------------------------- the end
+
+    def _fold(self) -> None:
+        reads, self._reads, self._bytes = self._reads, [], 0
+        self.recorder.feed_reads(reads)
+
+    def _land(self, failure: Outcome | None, error: str | None) -> None:
+        """Ends it, once."""
+        if self._over:
+            return
+        self._over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._fold()
+        record = self.recorder.end(now_ns(), failure, error)
+        if record.error is not None:
+            record.error = self._client.target.scrub(record.error)
+        self._client.landed(self)
+        self._landed(record)

@@ -11,7 +11,7 @@ class Deadline:
     """The limit that is next, `when_s` (of the caller's clock), and which outcome it means."""
 
     def __init__(self, limits: Timeouts, abandon_after_s: float | None, now_s: float) -> None:
-        self._stall_s = limits.stall_s
+        self.stall_s = limits.stall_s
         self._always = [(now_s + limits.total_s, Outcome.TIMEOUT_TOTAL)]
         if abandon_after_s is not None:
             self._always.append((now_s + abandon_after_s, Outcome.ABANDONED))
@@ -24,7 +24,7 @@ class Deadline:
             self._next(Outcome.STALLED, now_s + LINGER_S)
         elif recorder.n_events > self._events:
             self._events = recorder.n_events
-            self._next(Outcome.STALLED, now_s + self._stall_s)
+            self._next(Outcome.STALLED, now_s + self.stall_s)
 
     def passed(self, recorder: Recorder) -> tuple[Outcome, str | None]:
         """What it means that the deadline passed."""

@@ -13,8 +13,9 @@ from typing import Any
 from msgspec import Struct
 
 from loadgen import metrics, openai, plan
-from loadgen.client import Client, now_ns
+from loadgen.client import Client
 from loadgen.leg import Leg
+from loadgen.net import now_ns
 from loadgen.prompts import Ratio
 from loadgen.record import Outcome, RequestRecord, Shot
 from loadgen.scenario import Closed, Scenario, Slo

@@ -92,6 +92,12 @@ class Event(Struct):
     error: "ServerError | None" = None
     done: bool = False
 
+    @property
+    def is_plain_token(self) -> bool:
+        """A token, and nothing else is said."""
+        return (self.token and self.n_tok is None and self.finish_reason is None
+                and self.usage is None and self.error is None)
+
 
 class ServerError(Struct):
     """An error object of the server: in a stream, or as the body of an HTTP error."""

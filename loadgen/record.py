@@ -8,14 +8,16 @@ Whoever owns the socket (aiohttp, Locust's HttpUser, a test) tells the recorder 
 the same bytes and stamps give the same record.
 """
 
+import bisect
 import itertools
+from array import array
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
 
 from msgspec import Struct
 
-from loadgen import openai
+from loadgen import bulk, openai
 from loadgen.sse import LineTooLong, SseParser
 
 
@@ -121,13 +123,13 @@ class Recorder:
         self.connect_wait_ns: int | None = None
         self.stale_retries = 0
         self.inflight: int | None = None
+        self.stamp_kind: Literal["kernel", "user"] = "user"
         self.ended = False  # the stream's proper end was seen
         self.fatal: Outcome | None = None  # nothing that follows can change the outcome
         self._throttle_status = throttle_status
         self._headers_ns: int | None = None
         self._first_visible_ns: int | None = None
-        self._stamps_ns: list[int] = []
-        self._reads: list[int] = []
+        self._stamps_ns = array("q")
         self._event_tok: list[int] = []
         self._finish: str | None = None
         self._usage: openai.Usage | None = None
@@ -138,6 +140,10 @@ class Recorder:
         self._body = b""
         self._sse = SseParser()
         self._seen_choices = False
+        self._garbled = False
+        self._template: bulk.Template | None = None
+        self._plain: bytes | None = None  # the last token event that says nothing else
+        self._visible_at: int | None = None
 
     def sent(self, now_ns: int) -> None:
         """The request's head went to the transport."""
@@ -155,22 +161,23 @@ class Recorder:
         if not self._is_stream:
             self._body = (self._body + data)[:65536]
             return
+        if self._garbled:  # what follows garbage means nothing
+            return
         try:
             payloads = self._sse.feed(data)
         except LineTooLong as e:
             self._bad(str(e))
             return
-        before = len(self._stamps_ns)
         for payload in payloads:
             if not payload.strip():  # some proxies keep a stream alive with these
                 continue
             try:
-                self._event(now_ns, openai.read(payload, first=not self._seen_choices))
+                event = openai.read(payload, first=not self._seen_choices)
             except openai.BadEvent as e:
                 self._bad(str(e))
                 return
-        if len(self._stamps_ns) > before:
-            self._reads.append(len(self._stamps_ns) - before)
+            self._event(now_ns, event)
+            self._plain = payload if event.is_plain_token else self._plain
 
     def end(self, now_ns: int, failure: Outcome | None = None,
             error: str | None = None) -> RequestRecord:
@@ -182,6 +189,7 @@ class Recorder:
         outcome = self._outcome(failure)
         shot, stamps, usage = self.shot, self._stamps_ns, self._usage
         counted = usage.completion_tokens if usage else None
+        reads = [len(list(same)) for _, same in itertools.groupby(stamps)]
         by_event = sum(self._event_tok) if self._event_tok else len(stamps) or None
         return RequestRecord(
             leg=shot.leg, shard=shot.shard, seq=shot.seq, session=shot.session, turn=shot.turn,
@@ -190,7 +198,8 @@ class Recorder:
             outcome=outcome, sent_ns=self.sent_ns, headers_ns=self._headers_ns,
             first_ns=self.first_ns, first_visible_ns=self._first_visible_ns,
             gaps_us=[b // 1000 - a // 1000 for a, b in itertools.pairwise(stamps)],
-            reads=self._reads if len(self._reads) < len(stamps) else None,
+            reads=reads if len(reads) < len(stamps) else None,
+            stamp_kind=self.stamp_kind,
             event_tok=self._event_tok if len(self._event_tok) == len(stamps) > 0 else None,
             connect_wait_ns=self.connect_wait_ns,
             stale_retries=self.stale_retries, inflight=self.inflight,
@@ -202,10 +211,34 @@ class Recorder:
             status=self.status, finish_reason=self._finish,
             error=None if outcome is Outcome.OK else self._error or error)
 
+    def feed_reads(self, reads: Sequence[tuple[int, bytes]]) -> None:
+        """Body bytes of several reads, each with its stamp: the same as `feed` for one after the
+        other, but quick where events are alike."""
+        data = b"".join(d for _, d in reads)
+        ends = list(itertools.accumulate(len(d) for _, d in reads))
+        at = 0
+        for (stamp_ns, _), end in zip(reads, ends, strict=True):
+            while at < end:
+                if self._is_stream and (alike := self._alike(data, at)):
+                    self._many(alike, reads, ends)
+                    at = alike[-1]
+                    continue
+                cut = data.find(b"\n\n", at, end)
+                upto = end if cut < 0 else cut + 2
+                self.feed(stamp_ns, data[at:upto])
+                at = upto
+                if self._plain is not None:  # what follows is most likely like it
+                    self._template, self._plain = bulk.template_of(self._plain), None
+
     @property
     def n_events(self) -> int:
         """Token events so far."""
         return len(self._stamps_ns)
+
+    @property
+    def last_ns(self) -> int | None:
+        """Stamp of the last token event so far, or of the stream's proper end."""
+        return self._end_ns or (self._stamps_ns[-1] if self._stamps_ns else None)
 
     # ---------------------------------------------------------------------------------- inside
 
@@ -224,6 +257,31 @@ class Recorder:
             self.ended = True
             self._end_ns = now_ns
 
+    def _alike(self, data: bytes, start: int) -> list[int]:
+        """Ends of the events from `start` on that are like one before, but for their text."""
+        if self._template is None or self.fatal is not None or not self._sse.is_between:
+            return []
+        ends, visible = self._template.run(data, start)
+        try:
+            str(memoryview(data)[start:ends[-1] if ends else start], "utf-8")
+        except UnicodeDecodeError:
+            self._template = None  # event by event, to the one that is at fault
+            return []
+        self._visible_at = visible
+        return ends
+
+    def _many(self, events: Sequence[int], reads: Sequence[tuple[int, bytes]],
+              ends: Sequence[int]) -> None:
+        """Token events that end at `events`, each with the stamp of the read that ended it."""
+        read = bisect.bisect_left(ends, events[0])
+        stamps = self._stamps_ns
+        for at in events:
+            while ends[read] < at:
+                read += 1
+            stamps.append(reads[read][0])
+        if self._first_visible_ns is None and self._visible_at is not None:
+            self._first_visible_ns = reads[bisect.bisect_left(ends, self._visible_at)][0]
+
     def _token(self, now_ns: int, event: openai.Event) -> None:
         if self.first_ns is None:
             self.first_ns = now_ns
@@ -237,6 +295,7 @@ class Recorder:
             self._event_tok.append(n_tok)
 
     def _bad(self, why: str) -> None:
+        self._garbled = True
         self._say(why)
         self.fatal = self.fatal or Outcome.BAD_STREAM
 

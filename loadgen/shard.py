@@ -24,10 +24,11 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import scenario
-from loadgen.client import Client, now_ns
+from loadgen.client import Client
 from loadgen.drive import LegRun, Work
 from loadgen.errors import GeneratorError, StoreError
 from loadgen.leg import Leg
+from loadgen.net import new_loop, now_ns
 from loadgen.prompts import Ratio
 from loadgen.pulse import PROBE_S, Pulse
 from loadgen.store import SCHEMA, Header, Journal
@@ -78,11 +79,6 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     cpu_frac: float | None = None  # of one core, since the leg's clock began
     stopped_ns: int | None = None
     failed: str | None = None
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    """The one place that decides on the event loop."""
-    return asyncio.new_event_loop()
 
 
 class Shard:

@@ -25,6 +25,11 @@ class SseParser:
         self._skip_lf = False
         self._started = False
 
+    @property
+    def is_between(self) -> bool:
+        """An event has ended and no byte of the next one has come."""
+        return self._started and not (self._rest or self._data or self._skip_lf)
+
     def feed(self, data: bytes) -> list[bytes]:
         if self._skip_lf and data:
             self._skip_lf = False

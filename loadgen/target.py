@@ -23,6 +23,7 @@ class Target(Struct, frozen=True):
     base_url: str  # without /v1 and without a trailing slash
     model: str
     headers: dict[str, str] = {}
+    proxy: str | None = None  # http://host:port of an HTTP proxy
 
     def __repr__(self) -> str:
         url = _without_password(self.base_url)

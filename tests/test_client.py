@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from loadgen import openai, scenario
-from loadgen.client import Client, now_ns
+from loadgen.client import Client
 from loadgen.errors import LoadgenError
+from loadgen.net import now_ns
 from loadgen.record import Outcome, RequestRecord, Shot
 from loadgen.scenario import Scenario
 from loadgen.target import Target

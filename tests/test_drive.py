@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from loadgen import metrics, plan, prompts, scenario
-from loadgen.client import Client, now_ns
+from loadgen.client import Client
 from loadgen.drive import LegRun, Work
 from loadgen.errors import StoreError
 from loadgen.leg import Leg
+from loadgen.net import now_ns
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, Trace
 from loadgen.store import Journal, RunFolder

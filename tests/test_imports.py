@@ -15,7 +15,7 @@ HOUSE = ("loadgen", "servers", "analysis")
 
 # module of loadgen: what else of loadgen it may import. A new module is entered here first.
 ALLOWED = {
-    "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "",
+    "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
     "scenario": "config errors",
     "prompts": "scenario texts",
@@ -23,7 +23,7 @@ ALLOWED = {
     "stages": "scenario",
     "plan": "leg prompts scenario",
     "openai": "scenario",
-    "record": "openai sse",
+    "record": "bulk openai sse",
     "metrics": "record scenario",
     "validity": "leg metrics record scenario",
     "judge": "leg metrics record scenario validity",
@@ -32,14 +32,16 @@ ALLOWED = {
     "store": "errors leg record scenario",
     "deadline": "record scenario",
     "pulse": "metrics",
-    "client": "deadline openai record scenario target",
-    "drive": "client leg metrics openai plan prompts record scenario store",
-    "shard": "client drive errors leg prompts pulse scenario store target",
+    "net": "",
+    "connection": "net",
+    "client": "connection deadline net openai record scenario target",
+    "drive": "client leg metrics net openai plan prompts record scenario store",
+    "shard": "client drive errors leg net prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.server": "store target",
     "telemetry.signs": "judge leg store",
-    "calibrate": "client errors openai plan prompts record scenario target",
-    "attend": "calibrate errors prompts scenario shard store target telemetry.server",
+    "calibrate": "client errors net openai plan prompts record scenario target",
+    "attend": "calibrate errors net prompts scenario shard store target telemetry.server",
     "doctor": "metrics",
     "view": "judge leg supervise",
     "facts": "judge prompts scenario store target",
@@ -58,11 +60,12 @@ SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.fleet.prepare",
              "loadgen.fleet.lifecycle"}  # only they know the other houses
 
-PURE = {"config", "errors", "texts", "sse", "openai", "record", "metrics", "validity", "judge",
-        "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario", "target", "telemetry.signs"}
+PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "validity",
+        "judge", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario", "target",
+        "telemetry.signs"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
-REQUESTS = {"loadgen.client", "loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}
+REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}
 
 
 def modules() -> dict[str, Path]:

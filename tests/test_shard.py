@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from loadgen import judge, plan, prompts, scenario, validity
-from loadgen.client import now_ns
 from loadgen.errors import GeneratorError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
+from loadgen.net import now_ns
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, to_plain
 from loadgen.shard import LEASE_S, Command, Frame, Setup

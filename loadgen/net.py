@@ -1,0 +1,332 @@
+"""The generator's event loop: asyncio, with sockets that are read right where they are polled,
+receive times from the kernel, and alarms that are exact to some microseconds.
+
+A stamp that Python takes says when Python came round to it; with SO_TIMESTAMPNS the kernel says
+when the bytes arrived, whatever this process was doing then. (Of bytes that are read together it
+is the last segment's.) Where the kernel does not stamp, `now_ns()` right after the read does.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import select
+import selectors
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+READ_BYTES = 65536
+SO_TIMESTAMPNS = 35
+_ANCILLARY = socket.CMSG_SPACE(16)
+_timespec = struct.Struct("qq").unpack
+_SYNC_NS = 100_000_000  # the wall clock is slewed: its offset is taken anew so often
+_COARSE_NS = 50_000_000  # waits beyond this are no affair of the timer's
+_TFD = 0o4000 | 0o2000000  # non-blocking, close-on-exec
+
+now_ns = time.monotonic_ns
+
+
+class Clock:
+    """Wall-clock stamps of the kernel as ns of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._next_ns = 0
+        self._offset_ns = 0
+
+    def mono_ns(self, wall_ns: int, now: int) -> int:
+        """`now`: monotonic, after the read. A stamp cannot be later than that; one from before a
+        step of the wall clock is not believed."""
+        if now >= self._next_ns:
+            self._next_ns = now + _SYNC_NS
+            self._offset_ns = _offset_ns()
+        stamp = wall_ns - self._offset_ns
+        return stamp if now - 10_000_000_000 < stamp <= now else now
+
+
+def _offset_ns() -> int:
+    """Wall minus monotonic: of three tries that with the least time between its readings."""
+    best, offset = 1 << 62, 0
+    for _ in range(3):
+        a = time.monotonic_ns()
+        wall = time.time_ns()
+        b = time.monotonic_ns()
+        if b - a < best:
+            best, offset = b - a, wall - (a + b) // 2
+    return offset
+
+
+def ask_for_stamps(sock: socket.socket) -> bool:
+    """Whether the kernel stamps what this socket receives."""
+    if not sys.platform.startswith("linux") or sock.family not in (
+            socket.AF_INET, socket.AF_INET6):
+        return False
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    except OSError:
+        return False
+    return True
+
+
+def receive(sock: socket.socket, clock: Clock) -> tuple[bytes, int, bool]:
+    """(bytes, when they arrived, whether the kernel says so). Raises OSError."""
+    data, ancillary, _, _ = sock.recvmsg(READ_BYTES, _ANCILLARY)
+    now = now_ns()
+    if ancillary:
+        s, ns = _timespec(ancillary[0][2])
+        return data, clock.mono_ns(s * 1_000_000_000 + ns, now), True
+    return data, now, False
+
+
+class Selector(selectors.BaseSelector):
+    """epoll for asyncio, and beside it sockets whose readers are called at once: no Handle, no
+    turn of the loop. Alarms are called at their instant, to a timer of the kernel (epoll's own
+    timeouts are whole milliseconds), and between any two readers."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._keys: dict[int, selectors.SelectorKey] = {}
+        self._direct: dict[int, Callable[[], None]] = {}
+        self._writers: dict[int, Callable[[], None]] = {}
+        self._alarms: deque[tuple[int, Callable[[], None]]] = deque()
+        self._timer = _timer_fd()
+        if self._timer is not None:
+            self._epoll.register(self._timer, select.EPOLLIN | select.EPOLLET)
+        self.failed: Callable[[Exception], None] | None = None
+
+    # -------------------------------------------------------------------------------- for clients
+
+    def read_directly(self, fd: int, reader: Callable[[], None]) -> None:
+        """Calls `reader` whenever `fd` can be read, or has broken."""
+        self._direct[fd] = reader
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def write_when_possible(self, fd: int, writer: Callable[[], None] | None) -> None:
+        """Calls `writer`, too, whenever `fd` can be written; None: no more."""
+        if writer is None:
+            self._writers.pop(fd, None)
+        else:
+            self._writers[fd] = writer
+        self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if writer else 0))
+
+    def leave(self, fd: int) -> None:
+        if self._direct.pop(fd, None) is not None:
+            self._writers.pop(fd, None)
+            self._epoll.unregister(fd)
+
+    def alarm(self, due_ns: int, call: Callable[[], None]) -> None:
+        """Calls at `due_ns`; alarms must be set in the order of their instants."""
+        self._alarms.append((due_ns, call))
+
+    def no_alarms(self) -> None:
+        self._alarms.clear()
+
+    # -------------------------------------------------------------------------------- for asyncio
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if fd in self._keys:
+            raise KeyError(f"{fileobj!r} is registered already")
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        self._epoll.register(fd, _mask(events))
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        key = self._keys.pop(self._fd(fileobj))
+        with contextlib.suppress(OSError):  # closed already
+            self._epoll.unregister(key.fd)
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = self._fd(fileobj)
+        key = self._keys[fd]
+        if events != key.events:
+            self._epoll.modify(fd, _mask(events))
+        key = self._keys[fd] = key._replace(events=events, data=data)
+        return key
+
+    def get_map(self) -> Any:
+        return _Map(self._keys, self._fd)
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._keys[self._fd(fileobj)]
+
+    def close(self) -> None:
+        self._epoll.close()
+        if self._timer is not None:
+            os.close(self._timer)
+        self._keys.clear()
+        self._direct.clear()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if self._alarms:
+            self._ring()
+        ready = self._epoll.poll(self._patience(timeout), max(64, len(self._direct)))
+        found = []
+        direct, keys, alarms = self._direct, self._keys, self._alarms
+        for fd, mask in ready:
+            reader = direct.get(fd)
+            if reader is not None:
+                try:
+                    if mask & ~select.EPOLLOUT:
+                        reader()
+                    if mask & select.EPOLLOUT and fd in self._writers:
+                        self._writers[fd]()
+                except Exception as e:  # noqa: BLE001  (a bug of one reader must not stop the loop)
+                    self._say(e)
+                if alarms and now_ns() >= alarms[0][0]:
+                    self._ring()
+            elif (key := keys.get(fd)) is not None:
+                events = (mask & ~select.EPOLLIN and selectors.EVENT_WRITE) | (
+                    mask & ~select.EPOLLOUT and selectors.EVENT_READ)
+                found.append((key, events & key.events))
+        if alarms:
+            self._ring()
+        return found
+
+    # ------------------------------------------------------------------------------------- inside
+
+    def _ring(self) -> None:
+        """Calls every alarm whose instant has come."""
+        alarms = self._alarms
+        while alarms and now_ns() >= alarms[0][0]:
+            try:
+                alarms.popleft()[1]()
+            except Exception as e:  # noqa: BLE001
+                self._say(e)
+
+    def _patience(self, timeout: float | None) -> float:
+        """What epoll is to wait, s; a timer is set for what does not end at a millisecond."""
+        if timeout is not None and timeout <= 0:
+            return 0
+        wait_ns = None if timeout is None else round(timeout * 1e9)
+        if self._alarms:
+            left_ns = max(1, self._alarms[0][0] - now_ns())
+            wait_ns = left_ns if wait_ns is None else min(wait_ns, left_ns)
+        if wait_ns is None:
+            return -1
+        if self._timer is None or wait_ns > _COARSE_NS:
+            return max(0.0, wait_ns / 1e9 - 0.001)  # the rest is a turn of its own
+        _set_timer(self._timer, wait_ns)
+        return -1
+
+    def _fd(self, fileobj: Any) -> int:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if fd in self._keys:
+            return cast("int", fd)
+        for key in self._keys.values():  # closed: it has no number any more
+            if key.fileobj is fileobj:
+                return key.fd
+        raise KeyError(f"{fileobj!r} is not registered")
+
+    def _say(self, error: Exception) -> None:
+        if self.failed is not None:
+            self.failed(error)
+
+
+class _Map(dict[int, selectors.SelectorKey]):
+    """What `selectors` promises of get_map(): keys by file object."""
+
+    def __init__(self, keys: dict[int, selectors.SelectorKey], fd: Callable[[Any], int]) -> None:
+        super().__init__(keys)
+        self._fd_of = fd
+
+    def __getitem__(self, fileobj: Any) -> selectors.SelectorKey:
+        return super().__getitem__(self._fd_of(fileobj))
+
+    def get(self, fileobj: Any, default: Any = None) -> Any:
+        try:
+            return self[fileobj]
+        except KeyError:
+            return default
+
+
+def _mask(events: int) -> int:
+    return ((select.EPOLLIN if events & selectors.EVENT_READ else 0)
+            | (select.EPOLLOUT if events & selectors.EVENT_WRITE else 0))
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """asyncio's own loop on our selector."""
+
+    def __init__(self) -> None:
+        self.direct = Selector()
+        super().__init__(self.direct)
+        self.direct.failed = lambda e: self.call_exception_handler(
+            {"message": "a reader or an alarm failed", "exception": e})
+
+
+class Plain:
+    """The same for a loop that is not ours: its turns, its timers, stamps as good as it gets."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._handles: deque[asyncio.TimerHandle] = deque()
+
+    def read_directly(self, fd: int, reader: Callable[[], None]) -> None:
+        self._loop.add_reader(fd, reader)
+
+    def write_when_possible(self, fd: int, writer: Callable[[], None] | None) -> None:
+        if writer is None:
+            self._loop.remove_writer(fd)
+        else:
+            self._loop.add_writer(fd, writer)
+
+    def leave(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        self._loop.remove_writer(fd)
+
+    def alarm(self, due_ns: int, call: Callable[[], None]) -> None:
+        self._handles.append(self._loop.call_later(max(0.0, (due_ns - now_ns()) / 1e9), call))
+        while self._handles and self._handles[0].when() < self._loop.time() - 1:
+            self._handles.popleft()
+
+    def no_alarms(self) -> None:
+        for handle in self._handles:
+            handle.cancel()
+        self._handles.clear()
+
+
+def direct_of(loop: asyncio.AbstractEventLoop) -> Selector | Plain:
+    return loop.direct if isinstance(loop, Loop) else Plain(loop)
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """The one place that decides on the event loop."""
+    return Loop() if hasattr(select, "epoll") else asyncio.new_event_loop()
+
+
+# ------------------------------------------------------------------- timerfd (os has it from 3.13)
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = (("interval_s", ctypes.c_long), ("interval_ns", ctypes.c_long),
+                ("s", ctypes.c_long), ("ns", ctypes.c_long))
+
+
+def _timer_fd() -> int | None:
+    try:
+        fd = _libc().timerfd_create(time.CLOCK_MONOTONIC, _TFD)
+    except (AttributeError, OSError):
+        return None
+    return fd if fd >= 0 else None
+
+
+_spec = _Itimerspec()
+_spec_ref = ctypes.byref(_spec)
+
+
+def _set_timer(fd: int, wait_ns: int) -> None:
+    _spec.s, _spec.ns = divmod(max(1, wait_ns), 1_000_000_000)
+    _settime(fd, 0, _spec_ref, None)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+_settime: Any = getattr(_libc(), "timerfd_settime", None)  # no Linux: no timer to set, either
