@@ -12,7 +12,6 @@ import errno
 import functools
 import ssl
 from collections import deque
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 from urllib.parse import SplitResult, urlsplit
@@ -30,8 +29,6 @@ _KEEPALIVE_NS = 4_000_000_000  # uvicorn closes an idle connection after 5 s: be
 _STALE_NS = 1_000_000_000
 _CONNECT_S = 5.0
 _FOLD_BYTES = 65536  # what piles up of a stream before it is parsed: memory is bounded by it
-
-Landed = Callable[[RequestRecord], None]
 
 
 class Client:
@@ -52,8 +49,7 @@ class Client:
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,
                         tb: TracebackType | None) -> None:
-        for flight in list(self._flights):
-            flight.cancel()
+        self.cancel()
         while self._idle:
             self._idle.pop().close()
 
@@ -68,28 +64,34 @@ class Client:
                 pass
         await asyncio.gather(*(one() for _ in range(n - len(self._idle))))
 
-    def launch(self, shot: Shot, landed: Landed) -> "Flight":
-        """Sends a request now (as soon as it has a connection); `landed` gets its record."""
-        flight = Flight(self, shot, self._scenario, landed)
+    def launch(self, shot: Shot) -> "Flight":
+        """Sends a request now, or as soon as it has a connection."""
+        flight = Flight(self, shot, self._scenario)
         self._flights.add(flight)
         self.inflight += 1
         flight.recorder.inflight = self.inflight
         flight.start()
         return flight
 
-    async def send(self, shot: Shot) -> RequestRecord:
-        """Sends one request and waits for its record. To give it up, cancel the task: the record
+    async def landing(self, flight: "Flight") -> RequestRecord:
+        """The record of a request, when it has ended. To give it up, cancel the task: the record
         is then CANCELLED, with what had come."""
-        done: asyncio.Future[RequestRecord] = self.loop.create_future()
-        flight = self.launch(shot, done.set_result)
         try:
-            await asyncio.wait([done])
+            await asyncio.wait([flight.landed])
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None:  # the request is what was cancelled; its task lives on
                 task.uncancel()
             flight.cancel()
-        return done.result()
+        return flight.landed.result()
+
+    async def send(self, shot: Shot) -> RequestRecord:
+        return await self.landing(self.launch(shot))
+
+    def cancel(self) -> None:
+        """Gives up all that is in flight."""
+        for flight in list(self._flights):
+            flight.cancel()
 
     # ------------------------------------------------------------------------- for its flights
 
@@ -106,7 +108,7 @@ class Client:
         if connection.open:
             self._idle.append(connection)
 
-    def landed(self, flight: "Flight") -> None:
+    def forget(self, flight: "Flight") -> None:
         self._flights.discard(flight)
         self.inflight -= 1
 
@@ -161,9 +163,11 @@ class Client:
 class Flight:
     """One request under way: a Sink for its connection."""
 
-    def __init__(self, client: Client, shot: Shot, scenario: Scenario, landed: Landed) -> None:
+    def __init__(self, client: Client, shot: Shot, scenario: Scenario) -> None:
         self.recorder = Recorder(shot, scenario.throttle_status)
-        self._client, self._landed = client, landed
+        self.recorder.stamp_kind = "kernel"  # unless a read says otherwise
+        self.landed: asyncio.Future[RequestRecord] = client.loop.create_future()
+        self._client = client
         self._deadline = Deadline(scenario.timeouts_of(shot.cls), shot.abandon_after_s,
                                   client.loop.time())
         self._timer: asyncio.TimerHandle | None = None
@@ -171,7 +175,6 @@ class Flight:
         self._connection: Connection | None = None
         self._reads: list[tuple[int, bytes]] = []  # (stamp, body bytes), not parsed yet
         self._bytes = 0
-        self._over = False
 
     def start(self) -> None:
         try:
@@ -294,9 +297,8 @@ class Flight:
 
     def _land(self, failure: Outcome | None, error: str | None) -> None:
         """Ends it, once."""
-        if self._over:
+        if self.landed.done():
             return
-        self._over = True
         if self._timer is not None:
             self._timer.cancel()
         if self._connecting is not None:
@@ -308,5 +310,5 @@ class Flight:
         record = self.recorder.end(now_ns(), failure, error)
         if record.error is not None:
             record.error = self._client.target.scrub(record.error)
-        self._client.landed(self)
-        self._landed(record)
+        self._client.forget(self)
+        self.landed.set_result(record)

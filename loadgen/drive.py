@@ -6,6 +6,7 @@ Bodies are built ahead of time, in idle moments.
 """
 
 import asyncio
+import functools
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from loadgen import metrics, openai, plan
-from loadgen.client import Client
+from loadgen.client import Client, Flight
 from loadgen.leg import Leg
 from loadgen.net import now_ns
 from loadgen.prompts import Ratio
@@ -22,6 +23,7 @@ from loadgen.scenario import Closed, Scenario, Slo
 from loadgen.store import Journal
 
 LOOKAHEAD = 64  # bodies built ahead
+ARM_NS = 50_000_000  # an open loop's start is set so long before it is due
 
 
 class Work(Struct, frozen=True):
@@ -49,7 +51,7 @@ class LegRun:
         self.done = self.done_good = self.sampled = self.good = 0
         self._awaited = 0  # measured requests that were started and have not ended
         self._pending: dict[object, int] = {}  # due instants that somebody sleeps to
-        self._unborn: dict[asyncio.Task[None], Shot] = {}  # tasks that have not begun to run
+        self._armed = self._aloft = 0  # starts that are set, requests that were sent of them
         self.outcomes: Counter[str] = Counter()
         self._from_ns = t0_ns + round(leg.warmup_s * 1e9)
         self._to_ns = (None if leg.measure_s is None or leg.num_sessions is not None
@@ -91,9 +93,9 @@ class LegRun:
             self.stopping.set()
 
     def cancel(self) -> None:
+        """Now: what is in flight lands as CANCELLED; whoever waited for it comes to an end."""
         self.stop()
-        for flight in self.flights:
-            flight.cancel()
+        self.work.client.cancel()
 
     # ---------------------------------------------------------------------------------- inside
 
@@ -108,8 +110,6 @@ class LegRun:
 
     def _landed(self, flight: asyncio.Task[None]) -> None:
         self.flights.discard(flight)
-        if (unborn := self._unborn.pop(flight, None)) is not None:  # cancelled before it began
-            self._count(_not_sent(unborn, Outcome.CANCELLED, None))
         if not flight.cancelled() and (error := flight.exception()) is not None:
             self.error = self.error or error
             self.cancel()
@@ -131,38 +131,60 @@ class LegRun:
                 due_ns = now_ns()
 
     async def _schedule(self, max_inflight: int) -> None:
-        """An open loop: each start at its instant; one that cannot be made is DROPPED."""
+        """An open loop: sets each start a little ahead of its instant; it is the loop's alarm that
+        sends it, whatever else there is to do."""
         while (ready := self._prepared.next()) is not None:
             planned, bodies = ready
             due_ns = self.t0_ns + round((planned.due_s or 0.0) * 1e9)
-            if not await self._wait_until(due_ns):
+            if not await self._wait_until(due_ns - ARM_NS, due_ns):
                 return
             shot = self._shot(planned, 0, bodies[0], due_ns)
-            if len(self.flights) > max_inflight:  # this schedule is one of them
-                self._count(_not_sent(shot, Outcome.DROPPED,
-                                      f"max_inflight of {max_inflight} reached"))
-            else:
-                self._awaited += self._measures(due_ns)
-                self._unborn[self._fly(self._turns(planned, bodies, shot))] = shot
+            self._armed += 1
+            self._awaited += self._measures(due_ns)
+            self.work.client.direct.alarm(due_ns, functools.partial(
+                self._start, planned, bodies, shot, max_inflight))
+        while self._armed and await self._wait_until(now_ns() + ARM_NS):
+            pass  # the plan's last starts are yet to come
 
-    async def _turns(self, planned: plan.Session, bodies: list[bytes], first: Shot) -> None:
-        flight = asyncio.current_task()
-        assert flight is not None
-        del self._unborn[flight]
-        self._awaited -= self._measures(first.due_ns)
-        await self._send(first)
-        for turn, body in enumerate(bodies[1:], 1):
-            due_ns = now_ns() + round(planned.turns[turn].think_s * 1e9)
-            if not await self._wait_until(due_ns):
-                return
-            await self._send(self._shot(planned, turn, body, due_ns))
+    def _start(self, planned: plan.Session, bodies: list[bytes], shot: Shot,
+               max_inflight: int) -> None:
+        """The instant has come. One that cannot be started is DROPPED."""
+        self._armed -= 1
+        if self.stopping.is_set():
+            self._awaited -= self._measures(shot.due_ns)
+            return
+        if self._aloft >= max_inflight:
+            self._awaited -= self._measures(shot.due_ns)
+            self._count(_not_sent(shot, Outcome.DROPPED, f"max_inflight of {max_inflight} reached"))
+            return
+        self._aloft += 1
+        flight = self.work.client.launch(shot)
+        self.work.client.loop.call_soon(self._follow, planned, bodies, flight)
 
-    async def _wait_until(self, due_ns: int) -> bool:
-        """False if the leg was stopped before the instant came."""
-        wait_s = (due_ns - now_ns()) / 1e9
+    def _follow(self, planned: plan.Session, bodies: list[bytes], flight: Flight) -> None:
+        """What comes after the start need not be at its instant."""
+        self._fly(self._turns(planned, bodies, flight))
+
+    async def _turns(self, planned: plan.Session, bodies: list[bytes], flight: Flight) -> None:
+        try:
+            record = await self.work.client.landing(flight)
+            self._awaited -= self._measures(record.due_ns)
+            self._count(record)
+            for turn, body in enumerate(bodies[1:], 1):
+                due_ns = now_ns() + round(planned.turns[turn].think_s * 1e9)
+                if not await self._wait_until(due_ns):
+                    return
+                await self._send(self._shot(planned, turn, body, due_ns))
+        finally:
+            self._aloft -= 1
+
+    async def _wait_until(self, instant_ns: int, due_ns: int | None = None) -> bool:
+        """False if the leg was stopped before the instant came. `due_ns`: when what is waited for
+        is due, if that is not the instant itself."""
+        wait_s = (instant_ns - now_ns()) / 1e9
         if wait_s > 0 and not self.stopping.is_set():
             me = object()
-            self._pending[me] = due_ns
+            self._pending[me] = instant_ns if due_ns is None else due_ns
             try:
                 async with asyncio.timeout(wait_s):
                     await self.stopping.wait()

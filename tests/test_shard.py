@@ -81,8 +81,8 @@ def children(pid: int | None = None) -> list[int]:
     """Generator processes that are children of a process."""
     found = []
     for task in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # threads and processes end while one looks at them
+            for child in (task / "children").read_text().split():
                 if b"loadgen.shard" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return sorted(found)
