@@ -181,7 +181,7 @@ class _Executor:
         if server.facts()["kind"] == "remote":  # one bad answer may be a proxy's hiccup
             await asyncio.sleep(1)
             return await watch.is_healthy(self._target)
-        for _ in range(50):  # an engine's death takes the API server seconds to follow
+        for _ in range(100):  # vLLM's watchdog looks each 5 s; only the end of all is the death
             if (exited := server.alive()) is not None:
                 return exited
             await asyncio.sleep(0.1)

@@ -18,14 +18,18 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
+
+import psutil
 
 from servers.processes import POLL_S, alive, below, send
 
 PR_SET_CHILD_SUBREAPER = 36
 TICK_S = 0.1
-STOP_S = 8.0  # less than whoever stops the guard waits for it
-REST_S = 2.0  # for what is left of a command that has ended by itself
+STOP_S, REST_S = 6.0, 2.0  # from SIGTERM to SIGKILL; of what is left when the command has ended
+SWEEP_S = 2.0  # in which Python's resource trackers remove the shared memory of the killed; all
+# together is less than whoever stops the guard waits for it
 NOT_STARTED = 127
 
 
@@ -48,15 +52,20 @@ class _Guard:
             if select.select([self._pipe], [], [], TICK_S)[0]:
                 break
             self._reap(pid)
-        for sig, wait_s in ((signal.SIGTERM, STOP_S if self._status is None else REST_S),
-                            (signal.SIGKILL, STOP_S)):
-            send(below(os.getpid()), sig)
-            until = time.monotonic() + wait_s
-            while alive(below(os.getpid())) and time.monotonic() < until:
-                self._reap(pid)
-                time.sleep(POLL_S)
-        self._reap(pid)
+        self._end(pid, signal.SIGTERM, STOP_S if self._status is None else REST_S)
+        self._end(pid, signal.SIGKILL, SWEEP_S, spare=is_tracker)
+        self._end(pid, signal.SIGKILL, STOP_S)
         return self._status or 0
+
+    def _end(self, pid: int, sig: int, wait_s: float,
+             spare: Callable[[psutil.Process], bool] = lambda p: False) -> None:
+        """Signals all below but those to spare, and waits until nobody is left."""
+        until = time.monotonic() + wait_s
+        send([p for p in alive(below(os.getpid())) if not spare(p)], sig)
+        while alive(below(os.getpid())) and time.monotonic() < until:
+            self._reap(pid)
+            time.sleep(POLL_S)
+        self._reap(pid)
 
     def _reap(self, pid: int) -> None:
         """Takes the exit statuses of the command and of orphans."""
@@ -64,6 +73,15 @@ class _Guard:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == pid:
                     self._status = ended[1]
+
+
+def is_tracker(process: psutil.Process) -> bool:
+    """Whether it is multiprocessing's janitor, which ends when those that it cleans up after
+    have."""
+    try:
+        return any("resource_tracker" in x for x in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def main(argv: list[str]) -> int:

@@ -69,12 +69,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nobody_is_left(tmp_path: Path) -> Iterator[None]:
-    """After each test: no process of it lives on, whatever it calls itself."""
+    """After each test: no process of it lives on, whatever it calls itself, and none of the
+    160 MB of shared memory that an engine and its worker talk through."""
+    before = shared_memory()
     yield
     left = processes_in(tmp_path)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert left == {}
+    assert shared_memory() - before == set()
+
+
+def shared_memory() -> set[str]:
+    return {x for x in os.listdir("/dev/shm") if x.startswith(("psm_", "sem.mp-"))}
 
 
 def launched(model: Path, *flags: str) -> list[str]:
@@ -190,7 +197,7 @@ def test_a_sweep_launches_a_vllm_and_another_one_after_its_worker_was_killed(
     assert endings(folder)[:2] == ["done", "server_died"]
     assert endings(folder)[2:]
     assert set(endings(folder)[2:]) <= {"done", "cut"}  # by the new server
-    assert "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)" in said.out
+    assert "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)" in said.out, said.out
     log = (folder / "server.log").read_text(encoding="utf-8")
     assert log.count("Application startup complete") == 2
     assert_records_are_what_was_asked_for(folder, cut=True)
