@@ -7,6 +7,7 @@ started. Everything hangs on Locust's own events:
 import argparse
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,8 +77,7 @@ class Lifecycle:
         """Checks the options, and starts the simulator if no host is given. Exits on errors."""
         try:
             if not isinstance(self.environment.runner, LocalRunner):
-                raise ScenarioError("these users do not run on --master and --worker yet; use one "
-                                    "process, or `loadgen run --processes N`")
+                raise ScenarioError(options.ONE_PROCESS)
             asked = options.asked(self._options)
             hosts = {c.host for c in self.environment.user_classes} - {None}
             if not self.environment.host and not hosts:
@@ -88,9 +88,23 @@ class Lifecycle:
             elif asked.server_options:
                 raise ScenarioError("--server-options are the simulator's, which is not started "
                                     "when there is a --host")
+            if self._options.headless:  # before -t and a shape's clock begin to count
+                self._prepare_at_once()
         except LoadgenError as e:
+            self._stop_own()
             log.error("%s", e)  # noqa: TRY400  (the operator's affair: no traceback)
             raise SystemExit(code_of(e)) from None
+
+    def _prepare_at_once(self) -> None:
+        """Locust takes no signal yet. Raises LoadgenError."""
+        main = gevent.getcurrent()
+        gevent.signal_handler(signal.SIGTERM, lambda: gevent.kill(main, KeyboardInterrupt()))
+        try:
+            self.prepare()
+        except KeyboardInterrupt:
+            self._stop_own()
+            log.info("interrupted before the server was ready")  # Locust takes SIGTERM from here
+            raise SystemExit(INTERRUPTED) from None
 
     def prepare(self, form: argparse.Namespace | None = None, host: str | None = None,
                 patience_s: float = prepare.PATIENCE_S) -> None:
@@ -141,6 +155,13 @@ class Lifecycle:
         if self.run is not None and self.run.on is not None:
             self.end_leg("interrupted" if self._interrupted or self.conducted else "done")
 
+    def spawned(self) -> None:
+        """All users are there: those of the leg that they make, which may have yet to begin."""
+        if self.run is not None:
+            if not self.conducted:
+                self._follow_users(self.run)
+            self.run.all_there()
+
     def _hold(self, on: OnLeg) -> None:
         assert self.run is not None
         on.stop_ns = now_ns()
@@ -172,6 +193,9 @@ class Lifecycle:
         if self.report is not None:
             self.report.join()
         self.discard()
+        self._stop_own()
+
+    def _stop_own(self) -> None:
         if self._own is not None:
             self._own[0].stop()
             shutil.rmtree(self._own[1].parent, ignore_errors=True)
@@ -297,8 +321,11 @@ class Lifecycle:
         """Why the server is dead. Its health is asked only after requests failed: a check during
         the load would be load."""
         assert self.server is not None
-        if (why := self.server.alive()) is not None:
-            return why
+        try:
+            if (why := self.server.alive()) is not None:
+                return why
+        except OSError:  # no file descriptor is left to look with: requests tell of that
+            return None
         on = self.run.on if self.run else None
         troubles = sum(on.outcomes[x] for x in TROUBLE) if on else 0
         if troubles <= self._troubles or self.attendant is None:
@@ -340,8 +367,7 @@ def install(environment: Environment, lifecycle: Lifecycle) -> None:
     """Hangs a lifecycle on the events of its environment."""
     events = environment.events
     events.test_start.add_listener(lambda **_: lifecycle.test_start())
-    events.spawning_complete.add_listener(
-        lambda **_: lifecycle.run.all_there() if lifecycle.run is not None else None)
+    events.spawning_complete.add_listener(lambda **_: lifecycle.spawned())
     events.test_stopping.add_listener(lambda **_: lifecycle.test_stopping())
     events.test_stop.add_listener(lambda **_: lifecycle.test_stop())
     events.quitting.add_listener(lambda **_: lifecycle.quitting())

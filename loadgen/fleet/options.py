@@ -13,6 +13,8 @@ from loadgen import scenario
 from loadgen.errors import ScenarioError
 from loadgen.scenario import Scenario
 
+ONE_PROCESS = ("these users do not run on --master and --worker yet; use one process, or "
+               "`loadgen run --processes N`")
 SHOWN_KEY = "********"  # stands for a key that was given: Locust writes defaults into its page
 FIELDS = ("scenario", "model", "api_key", "slo", "rate")  # of ours in the start form
 
@@ -49,6 +51,8 @@ def add_arguments(parser: LocustArgumentParser, default: str) -> None:
     """`default`: the scenario that the locustfile's users name."""
     global _default  # noqa: PLW0603
     _default = default
+    if "--worker" in sys.argv[1:]:  # it would look for its master for minutes before `init`
+        parser.error(ONE_PROCESS)
     add = parser.add_argument  # a group's would not reach the start form
     add("--scenario", default=default, choices=_Names(names(default)), metavar="NAME",
         help="What users ask: a shipped scenario, one of ./scenarios, or a path to a .toml file")

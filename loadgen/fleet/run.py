@@ -19,6 +19,7 @@ import gevent
 import gevent.event
 import msgspec
 from locust.env import Environment
+from locust.exception import StopUser
 from msgspec import Struct
 
 from loadgen import metrics, openai, plan
@@ -83,6 +84,7 @@ class OnLeg:
         self.taken = 0  # requests that were handed out and have not landed
         self.stop_ns: int | None = None  # nothing that is due later is measured
         self.unsettled: set[int] = set()
+        self.killed: list[int] = []  # due instants of what nobody knows how it would have ended
         self._prepared = prepared
         self._sessions = plan.sessions(prepared.scenario, leg)
         self._ahead: deque[Planned] = deque()
@@ -219,7 +221,7 @@ class FleetRun:
         from_ns = min(on.from_ns or now, now)
         to_ns = min(on.to_ns or now, now)
         if ending in ("done", "interrupted"):
-            to_ns = min([to_ns, *self._undecided(on, now)])
+            to_ns = min([to_ns, *on.killed, *self._undecided(on, now)])
         window = Window(
             leg=on.leg.id, t0_ns=on.t0_ns, from_ns=from_ns, to_ns=max(from_ns, to_ns), end_ns=now,
             ending=ending, stalls=on.pulse.stalls, lag_p99_s=on.pulse.lag_p99_s(),
@@ -250,6 +252,15 @@ class FleetRun:
         self._legs.close()
 
     # -------------------------------------------------------------------------------- requests
+
+    def check_class(self, cls: str | None) -> None:
+        """Raises StopUser if the scenario has no such class; the run cannot go on then."""
+        mix = self.prepared.scenario
+        names = [c.name for c in mix.classes]
+        if cls is not None and cls not in names:
+            self.failed = self.failed or (
+                f"ask(cls={cls!r}): {mix.name} has no such class; it has {', '.join(names)}")
+            raise StopUser
 
     def take_off(self, cls: str | None, text: str | None, max_tokens: int | None,
                  free_ns: int | None) -> tuple[OnLeg, Recorder] | None:
@@ -298,6 +309,9 @@ class FleetRun:
         on.done += 1
         on.done_good += good
         on.outcomes[record.outcome] += 1
+        if record.outcome is Outcome.CANCELLED and isinstance(on.leg.load, Closed) and (
+                not metrics.is_lost(record, self.prepared.slo(record.cls))):
+            on.killed.append(record.due_ns)  # Locust stops users: the leg is about to end
         if on.measures(record.due_ns):
             on.sampled += 1
             on.good += good

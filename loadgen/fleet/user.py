@@ -59,7 +59,8 @@ class LLMUser(HttpUser):
             max_tokens: int | None = None) -> RequestRecord:
         """Sends the next request of the scenario's mix, of class `cls` where it is given, or one
         with a `text` of your own; returns its record when its stream has ended. Raises StopUser
-        when the test is over."""
+        when the test is over, and on a class that the scenario does not have: that ends it."""
+        self._run.check_class(cls)
         taken = self._run.take_off(cls, text, max_tokens, self._slot_free_ns())
         if taken is None:
             raise StopUser
