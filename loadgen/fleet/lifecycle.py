@@ -147,8 +147,7 @@ class Lifecycle:
         on = self.run.on if self.run is not None else None
         if on is not None and self._options.headless and not (self._interrupted or self.conducted):
             self._hold(on)
-        for greenlet in self._watching:
-            greenlet.kill(block=False)
+        gevent.killall(self._watching)  # waits: one that wakes up later would begin another leg
         self._watching = []
         if self.conducted:
             self.environment.shape_class.stop()  # type: ignore[union-attr]
@@ -312,8 +311,9 @@ class Lifecycle:
 
     def _break_off(self, ending: Ending, why: str) -> None:
         assert self.run is not None
-        self.failed = why = self.run.prepared.target.scrub(why)
-        log.error("%s", why if ending == "failed" else f"the server died: {why}")
+        why = self.run.prepared.target.scrub(why)
+        self.failed = why if ending == "failed" else f"the server died: {why}"
+        log.error("%s", self.failed)
         self.end_leg(ending, why)
         self.stop_test()
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-import msgspec
+import gevent
 from msgspec import Struct
 
 from loadgen import metrics
@@ -95,9 +95,9 @@ class Live:
         self._rows = self._all_rows(run, self._t0_ns)
 
     def stop(self) -> None:
-        """Rows and samples stay as they were before the last users were cut off."""
-        if self.run is not None:
-            self._take(self.run)
+        """Once no user is left: rows and samples stay as they are then."""
+        if self.running and self.run is not None:
+            self.sample(self.run, 0)
         self.running = False
 
     def sample(self, run: FleetRun, users: int) -> None:
@@ -118,10 +118,8 @@ class Live:
 
     def rows(self) -> list[Now]:
         """One per class, then all together, at most a second old; after a stop, as they were
-        before it. [] when there was no test yet."""
-        if self.running:
-            return self._rows
-        return [msgspec.structs.replace(row, inflight=0) for row in self._rows]
+        then. [] when there was no test yet."""
+        return self._rows
 
     def _take(self, run: FleetRun) -> None:
         """Looks at the records that came since."""
@@ -141,14 +139,16 @@ class Live:
         return round(max(0, written - before) / max(0.1, (now - since_ns) / 1e9), 1)
 
     def _all_rows(self, run: FleetRun, now: int) -> list[Now]:
-        classes = [c.name for c in run.prepared.scenario.classes]
-        return [*(self._row(run, c, [s for s in self._seen if s.record.cls == c], now)
-                  for c in classes), self._row(run, TOTAL, self._seen, now)]
+        rows = []
+        for name in (*(c.name for c in run.prepared.scenario.classes), TOTAL):
+            rows.append(self._row(run, name, [
+                s for s in self._seen if name in (TOTAL, s.record.cls)], now))
+            gevent.sleep(0)  # an answer may be waiting to be stamped
+        return rows
 
-    def _row(self, run: FleetRun, name: str, seen: Iterable[_Seen], now: int) -> Now:
+    def _row(self, run: FleetRun, name: str, seen: Sequence[_Seen], now: int) -> Now:
         over_s = max(1.0, min(RECENT_S, (now - self._t0_ns) / 1e9))
         from_ns = now - round(over_s * 1e9)
-        seen = list(seen)
         tokens = sum((s.record.output_tok or 0) * (s.record.due_ns >= from_ns or
                      metrics.share_inside(s.record, from_ns, now)) for s in seen)
         flights = [r for _, r in run.flights.values() if name in (TOTAL, r.shot.cls)]

@@ -187,7 +187,7 @@ def _limits(slo: Slo) -> dict[str, float]:
 def _table(lifecycle: Lifecycle) -> list[dict[str, str | int]]:
     rows = [_cells(row) for row in lifecycle.live.rows()]
     if lifecycle.failed and not lifecycle.live.running:
-        rows.append({**dict.fromkeys(COLUMNS, ""), "name": f"The test failed: {lifecycle.failed}"})
+        rows.append({**dict.fromkeys(COLUMNS, ""), "name": f"Failed: {lifecycle.failed}"})
     return rows
 
 
