@@ -5,12 +5,12 @@ for whole kilobytes and shows every TTFT as the end of the answer.
 
 import errno
 import http.client
-import io
 import os
 import select
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import gevent
 import gevent.local
@@ -58,7 +58,15 @@ def _is_quiet(sock: socket.socket | None) -> bool:
     return not poll.poll(0)
 
 
-_here = gevent.local.local()  # of this greenlet: how long its request waited for a connection
+class _Here(gevent.local.local):  # type: ignore[misc]
+    """Of this greenlet's request: how long it waited for a connection, and who is to be told when
+    its head goes out."""
+
+    connect_ns: int | None = None
+    unsent: Recorder | None = None
+
+
+_here = _Here()
 
 
 class _Told(urllib3.connection.HTTPConnection):
@@ -66,6 +74,14 @@ class _Told(urllib3.connection.HTTPConnection):
         began_ns = now_ns()
         super().connect()
         _here.connect_ns = now_ns() - began_ns
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        if _here.unsent is not None:  # before: a quick server has the head when `send` returns
+            _here.unsent.sent(now_ns())
+            _here.unsent = None
+        super().send(data)
 
     @property
     def is_connected(self) -> bool:
@@ -114,11 +130,11 @@ class Stream:
         return None, None
 
     def _exchange(self, recorder: Recorder, deadline: Deadline) -> None:
-        _here.connect_ns, self.n_bytes = None, 0
+        _here.connect_ns, _here.unsent, self.n_bytes = None, recorder, 0
         try:
             with _until(deadline):
                 answer = self._session.post(
-                    self._url, data=_Body(recorder), headers=self._headers, stream=True,
+                    self._url, data=recorder.shot.body, headers=self._headers, stream=True,
                     catch_response=True, allow_redirects=False, name=recorder.shot.cls)
         finally:
             recorder.connect_wait_ns = _here.connect_ns
@@ -157,20 +173,6 @@ def _was_stale(recorder: Recorder, error: Exception) -> bool:
     reused = recorder.connect_wait_ns is None and recorder.status is None
     return broke and reused and (
         recorder.sent_ns is None or now_ns() - recorder.sent_ns < _STALE_NS)
-
-
-class _Body(io.BytesIO):
-    """A request's body that stamps the instant it is first read: the head has just been sent."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__(recorder.shot.body)
-        self._recorder: Recorder | None = recorder
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if self._recorder is not None:
-            self._recorder.sent(now_ns())
-            self._recorder = None
-        return super().read(size)
 
 
 def _until(deadline: Deadline) -> gevent.Timeout:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from aiohttp import web
 
@@ -42,7 +43,8 @@ async def serve(options: argparse.Namespace, config: EngineConfig) -> int:
     """Until SIGTERM, or until the engine has died; 0 in both cases, as from vLLM."""
     server = Server(Engine(config), options.served_model_name or [options.model],
                     utilization=options.gpu_memory_utilization, api_key=options.api_key,
-                    fault=options.fault, speed=options.speed)
+                    fault=options.fault, speed=options.speed,
+                    request_log=options.request_log)
     log_start(config)
     runner = server.runner()
     await runner.setup()
@@ -101,8 +103,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--fault", type=_fault, help="oom@N, die@N, hang@N: at N running requests")
     p.add_argument("--speed", type=_number(float, 0.001, 1000), default=1.0,
                    help="simulated seconds per second")
+    p.add_argument("--request-log", type=Path, metavar="FILE",
+                   help="when each request came and was answered, a JSON line each")
     p.add_argument("--parent-pid", type=_number(int, 1, 2**31), help="exit when it is gone")
     options, unknown = p.parse_known_args(argv)
+    if options.request_log and not options.request_log.parent.is_dir():
+        p.error(f"--request-log {options.request_log}: there is no such folder")
     if unknown:
         known = [o for a in p._actions for o in a.option_strings]
         p.error(f"unknown option {unknown[0]!r}{_nearest(unknown[0].split('=')[0], known)}; "

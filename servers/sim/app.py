@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 from aiohttp import web
 
@@ -30,13 +33,14 @@ class Server:
 
     def __init__(self, engine: Engine, models: list[str], *, utilization: float = 0.92,
                  api_key: str | None = None, fault: faults.Fault | None = None,
-                 speed: float = 1.0) -> None:
+                 speed: float = 1.0, request_log: Path | None = None) -> None:
         self.engine = engine
         self.pacing = metrics.Pacing()
         self.latencies = metrics.Latencies()
         self.stopped = asyncio.Event()
         self._models, self._utilization, self._api_key = models, utilization, api_key
         self._fault, self._speed = fault, speed
+        self._request_log = request_log.open("a", buffering=1) if request_log else None
         self._rng = random.Random(engine.config.seed)  # ids and words
         self._streams: dict[int, Stream] = {}
         self._count = 0
@@ -130,7 +134,7 @@ class Server:
         return await self._generate(request, chat=False)
 
     async def _generate(self, request: web.Request, chat: bool) -> web.StreamResponse:
-        due_s = asyncio.get_running_loop().time()
+        due_s, received_ns = asyncio.get_running_loop().time(), time.monotonic_ns()
         self._refuse_if_dead()
         fault = faults.parse_request_fault(request.headers.get("x-sim-fault"))
         if refused := faults.refusal(fault):
@@ -148,10 +152,22 @@ class Server:
             return response
         stream = Stream(wire.Answer(ask, name), due_s, request.transport, fault,
                         self._rng.getrandbits(32))
-        result = await self._through_engine(stream, fault)
+        try:
+            result = await self._through_engine(stream, fault)
+        finally:
+            self._note(await request.read(), received_ns, stream)
         if isinstance(result, wire.Refused):
             raise result
         return response if ask.stream else _json_bytes(result or b"")
+
+    def _note(self, body: bytes, received_ns: int, stream: Stream) -> None:
+        """A request as the server saw it, in ns of CLOCK_MONOTONIC, which clients on this host
+        share: when its head was there, and right before its first and last token were written."""
+        if self._request_log is not None:
+            name = hashlib.blake2b(body, digest_size=8).hexdigest()
+            self._request_log.write(json.dumps({
+                "body": name, "received_ns": received_ns, "first_ns": stream.first_ns,
+                "last_ns": stream.last_ns, "tokens": stream.tokens}) + "\n")
 
     async def _through_engine(self, stream: Stream, fault: faults.Fault | None,
                               ) -> bytes | wire.Refused | None:

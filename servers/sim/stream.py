@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+import time
 from collections.abc import Iterable
 
 from servers.sim import faults, text, wire
@@ -28,11 +29,15 @@ class Stream:
         self._words = text.words(seed)
         self._said: list[str] = []
         self._silent = False
+        self.first_ns: int | None = None  # right before the first token's bytes were written …
+        self.last_ns: int | None = None  # … and the last one's
         self._due_s, self._last_s = due_s, 0.0
 
     def token(self, now_s: float, reason: str | None, latencies: Latencies) -> None:
         """One more token; the last one has a finish `reason`. An EOS ("stop") has no text."""
         self._observe(now_s, reason, latencies)
+        self.last_ns = time.monotonic_ns()
+        self.first_ns = self.first_ns or self.last_ns
         self.tokens += 1
         word = None if reason == "stop" else next(self._words)
         if self._silent:
