@@ -273,10 +273,12 @@ def test_an_interrupt_keeps_all_records_and_is_exit_130(
     assert "Traceback" not in again.all
 
 
-def test_an_interrupt_before_the_server_is_ready_leaves_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_before_the_server_is_ready_leaves_nobody(
+        tmp_path: Path, number: signal.Signals) -> None:
     with start("-u", "1", "--host", f"http://127.0.0.1:{free_port()}", cwd=tmp_path) as process:
         wait(lambda: any("loadgen.attend" in x for x in processes_in(tmp_path).values()), LIMIT_S)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = over(process, 20)
     assert said.code == cli.INTERRUPTED, said.all
     assert "Traceback" not in said.all
@@ -580,7 +582,10 @@ def again(environment, **_):
 
 def second(environment):
     environment.runner.start(3, 3)
-    gevent.spawn_later(4, environment.runner.stop)
+    while environment.runner.user_count < 3:
+        gevent.sleep(0.1)
+    gevent.sleep(4)
+    environment.runner.stop()
 """, encoding="utf-8")
     port = str(free_port())
     process = subprocess.Popen(

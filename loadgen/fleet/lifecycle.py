@@ -98,13 +98,16 @@ class Lifecycle:
     def _prepare_at_once(self) -> None:
         """Locust takes no signal yet. Raises LoadgenError."""
         main = gevent.getcurrent()
-        gevent.signal_handler(signal.SIGTERM, lambda: gevent.kill(main, KeyboardInterrupt()))
+        taken = gevent.signal_handler(
+            signal.SIGTERM, lambda: gevent.kill(main, KeyboardInterrupt()))
         try:
             self.prepare()
         except KeyboardInterrupt:
             self._stop_own()
-            log.info("interrupted before the server was ready")  # Locust takes SIGTERM from here
+            log.info("interrupted before the server was ready")
             raise SystemExit(INTERRUPTED) from None
+        finally:
+            taken.cancel()
 
     def prepare(self, form: argparse.Namespace | None = None, host: str | None = None,
                 patience_s: float = prepare.PATIENCE_S) -> None:
