@@ -185,7 +185,7 @@ def outcome_of(error: Exception) -> tuple[Outcome, str]:
     root = chain[-1]
     if any(isinstance(e, OSError) and e.errno in _OURS for e in chain):
         return Outcome.DROPPED, str(root)
-    if isinstance(root, socket.gaierror) and _no_descriptor_left():
+    if any(isinstance(e, socket.gaierror) for e in chain) and _no_descriptor_left():
         return Outcome.DROPPED, f"no file descriptor left to look up a name with: {root}"
     if any(isinstance(e, urllib3.exceptions.NewConnectionError | urllib3.exceptions.SSLError
                       | requests.exceptions.SSLError | requests.ConnectTimeout) for e in chain):
