@@ -4,10 +4,12 @@ template, and what equals it but for the text means the same. Whatever differs, 
 JSON string, is left to the slow path.
 """
 
+import itertools
 import re
 
 _KEYS = (b'"content":', b'"text":', b'"reasoning_content":', b'"reasoning":')
 _TEXT = re.compile(rb' ?"((?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*)"')
+_ODD = re.compile(rb'["\\\x00-\x1f]').search
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*\Z').match
 _ESCAPED = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*\Z').match
 
@@ -16,29 +18,40 @@ class Template:
     """The bytes of an event before and after its text; `hidden`: the text is reasoning."""
 
     def __init__(self, before: bytes, after: bytes, hidden: bool) -> None:
-        self._hidden = hidden
-        self._before = b"data: " + before
-        self._after = after + b"\n\n"
-        self._between = self._after + self._before
+        self._before, self._after, self._hidden = b"data: " + before, after, hidden
+        self._between = after + b"\n\n" + self._before
 
     def run(self, data: bytes, start: int) -> tuple[list[int], int | None]:
         """Where the events that follow the template end, one after the other from `start`; and the
         end of the first of them that has a visible text."""
         if not data.startswith(self._before, start):
             return [], None
-        texts = data[start + len(self._before):].split(self._between)
-        texts[-1], found, _ = texts[-1].partition(self._after)
-        if not found:  # the last one is another event, or not whole
-            texts.pop()
-        ends, visible, at, step = [], None, start, len(self._between)
-        for text in texts:
-            if not (_PLAIN(text) or _ESCAPED(text)):
-                break
-            at += step + len(text)
-            ends.append(at)
-            if text and visible is None and not self._hidden:
-                visible = at
-        return ends, visible
+        events = data[start:].split(b"\n\n")
+        events.pop()  # not whole
+        first, last = len(self._before), -len(self._after)
+        texts = [event[first:last] for event in events]
+        if not self._is_all(data, start, texts):
+            events = list(itertools.takewhile(self._is_one, events))
+            texts = [event[first:last] for event in events]
+        sizes = map((2).__add__, map(len, events))
+        ends = list(itertools.accumulate(sizes, initial=start))[1:]
+        nth = next((i for i, text in enumerate(texts) if text), None)
+        return ends, None if nth is None or self._hidden else ends[nth]
+
+    def _is_all(self, data: bytes, start: int, texts: list[bytes]) -> bool:
+        """The events are nothing but the template with these texts: looked at all at once."""
+        if not texts or _ODD(b"".join(texts)):
+            return False
+        whole = b"%b%b%b\n\n" % (self._before, self._between.join(texts), self._after)
+        return data.startswith(whole, start)
+
+    def _is_one(self, event: bytes) -> bool:
+        first, last = len(self._before), len(self._after)
+        if len(event) < first + last:
+            return False
+        text = event[first:-last]
+        return (event.startswith(self._before) and event.endswith(self._after)
+                and bool(_PLAIN(text) or _ESCAPED(text)))
 
 
 def template_of(payload: bytes) -> Template | None:

@@ -28,7 +28,6 @@ _OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.E
 _KEEPALIVE_NS = 4_000_000_000  # uvicorn closes an idle connection after 5 s: be first
 _STALE_NS = 1_000_000_000
 _CONNECT_S = 5.0
-_FOLD_BYTES = 65536  # what piles up of a stream before it is parsed: memory is bounded by it
 
 
 class Client:
@@ -45,13 +44,20 @@ class Client:
         self.loop = asyncio.get_running_loop()
         self.direct = net.direct_of(self.loop)
         self.clock = net.Clock()
+        self._syncing = self.loop.create_task(self._sync())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,
                         tb: TracebackType | None) -> None:
         self.cancel()
+        self._syncing.cancel()
         while self._idle:
             self._idle.pop().close()
+
+    async def _sync(self) -> None:
+        while True:
+            await asyncio.sleep(net.SYNC_S)
+            self.clock.sync()
 
     async def open_connections(self, n: int) -> None:
         """Opens connections until n are idle, so that no request pays for its handshake. Whatever
@@ -115,7 +121,7 @@ class Client:
     async def connection(self) -> Connection:
         """A new one. Raises OSError, ValueError."""
         sock, tls = await connect(self._url, self._proxy, self._context)
-        connection = Connection(sock, tls, self.clock, self.direct, self._forget)
+        connection = Connection(sock, tls, self.direct, self._forget)
         connection.idle_since_ns = now_ns()
         return connection
 
@@ -173,8 +179,8 @@ class Flight:
         self._timer: asyncio.TimerHandle | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
-        self._reads: list[tuple[int, bytes]] = []  # (stamp, body bytes), not parsed yet
-        self._bytes = 0
+        self.parts: list[bytes] = []  # of the body, not parsed yet …
+        self.stamps = bytearray()  # … and when each was received
 
     def start(self) -> None:
         try:
@@ -221,22 +227,22 @@ class Flight:
 
     # ------------------------------------------------------------------------------ its answer
 
-    def head(self, stamp_ns: int, status: int, headers: dict[bytes, bytes]) -> None:
+    def head(self, stamp: bytes, status: int, headers: dict[bytes, bytes]) -> None:
+        [stamp_ns] = self._client.clock.mono_ns(stamp)
         self.recorder.response(
             stamp_ns, status, headers.get(b"content-type", b"").decode("latin-1"),
             b"retry-after" in headers)
 
-    def body(self, stamp_ns: int, data: bytes, kernel: bool) -> None:
-        self._reads.append((stamp_ns, data))
-        self._bytes += len(data)
-        if not kernel:
-            self.recorder.stamp_kind = "user"
-        if data.endswith(b"[DONE]\n\n"):  # some servers keep the body open after it
+    def more(self) -> None:
+        if self.parts and self.parts[-1].endswith(b"[DONE]\n\n"):
             self._linger()
-        elif self._bytes > _FOLD_BYTES:
+        else:
             self._fold()
             if self.recorder.fatal is Outcome.BAD_STREAM:
                 self._land(None, None)
+
+    def by_user(self) -> None:
+        self.recorder.stamp_kind = "user"
 
     def end(self) -> None:
         connection, self._connection = self._connection, None
@@ -292,8 +298,11 @@ class Flight:
     # -------------------------------------------------------------------------------- the end
 
     def _fold(self) -> None:
-        reads, self._reads, self._bytes = self._reads, [], 0
-        self.recorder.feed_reads(reads)
+        stamps = self._client.clock.mono_ns(self.stamps)
+        parts = self.parts[:]
+        self.parts.clear()
+        self.stamps.clear()
+        self.recorder.feed_reads(stamps, parts)
 
     def _land(self, failure: Outcome | None, error: str | None) -> None:
         """Ends it, once."""

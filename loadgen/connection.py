@@ -7,6 +7,7 @@ import asyncio
 import base64
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import SplitResult, unquote
@@ -17,14 +18,27 @@ from loadgen import net
 from loadgen.net import now_ns
 
 _INFORMATIONAL = range(100, 200)
+_MUCH = 32768  # bytes of a stream that pile up before somebody should look at them
+_LAST = (b"[DONE]\n\n\r\n", b"[DONE]\n\n")  # not the end: some servers keep the body open
+
+
+class _Closed(Exception):
+    """TLS said that nothing more comes."""
 
 
 class Sink(Protocol):
-    """Who gets an answer. After `end` or `broke` nothing more comes."""
+    """Who gets an answer. After `end`, `broke` or `garbage` nothing more comes."""
 
-    def head(self, stamp_ns: int, status: int, headers: dict[bytes, bytes]) -> None: ...
+    parts: list[bytes]  # of the body, as framing gives them …
+    stamps: bytearray  # … each with the stamp of its read, a timespec of the wall clock
 
-    def body(self, stamp_ns: int, data: bytes, kernel: bool) -> None: ...
+    def head(self, stamp: bytes, status: int, headers: dict[bytes, bytes]) -> None: ...
+
+    def more(self) -> None:
+        """Much has come, or what may be the last of it. To be taken out of the lists in place."""
+
+    def by_user(self) -> None:
+        """A stamp is this process's, not the kernel's."""
 
     def end(self) -> None:
         """The body is whole."""
@@ -39,16 +53,17 @@ class Sink(Protocol):
 class Connection:
     """Connected; one exchange after the other, each for its Sink."""
 
-    def __init__(self, sock: socket.socket, tls: "Tls | None", clock: net.Clock,
+    def __init__(self, sock: socket.socket, tls: "Tls | None",
                  direct: net.Selector | net.Plain,
                  idle_broke: Callable[["Connection"], None]) -> None:
         self.used = 0  # exchanges so far
         self.idle_since_ns = 0
         self.open = True
-        self._sock, self._tls, self._clock = sock, tls, clock
+        self._sock, self._tls = sock, tls
         self._direct, self._idle_broke = direct, idle_broke
         net.ask_for_stamps(sock)
         self._sink: Sink | None = None
+        self._receive = sock.recvmsg
         self._left = b""  # of a request that the socket did not take at once
         direct.read_directly(sock.fileno(), self._readable)
 
@@ -57,10 +72,14 @@ class Connection:
     def exchange(self, request: bytes, sink: Sink) -> int:
         """Sends a request; the answer goes to `sink`. When it was sent, ns. Raises OSError if the
         connection is broken already."""
-        self._sink, self._began = sink, False
+        self._sink, self._began, self._size = sink, False, 0
+        self._parts, self._stamps = sink.parts, sink.stamps
         self._whole = self._keeps = self._in_body = self._surplus = False
+        self._spoiled: Exception | None = None
         self._headers: dict[bytes, bytes] = {}
+        self.on_body = sink.parts.append  # called by httptools, from C to C
         self._parser = httptools.HttpResponseParser(self)
+        self._feed = self._parser.feed_data if self._tls is None else self._decrypt
         self.used += 1
         data = self._tls.encrypt(request) if self._tls else request
         sent_ns = now_ns()
@@ -97,44 +116,75 @@ class Connection:
     # ------------------------------------------------------------------------------------- in
 
     def _readable(self) -> None:
+        """Once per read: the hot path."""
         try:
-            data, self._stamp_ns, self._by_kernel = net.receive(self._sock, self._clock)
+            data, ancillary, _, _ = self._receive(net.READ_BYTES, net.ANCILLARY)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as e:
             self._broken(e)
             return
         sink = self._sink
-        if sink is None:  # idle: the server closes it, or says what nobody asked
-            self.close()
-            self._idle_broke(self)
-            return
-        if not data:
+        if sink is None or not data:
             self._closed(sink)
             return
-        self._began = True
+        self._stamp = stamp = ancillary[0][2] if ancillary else self._own_stamp()
         try:
-            if self._tls is not None:
-                for piece in self._tls.decrypt(data):
-                    self._parser.feed_data(piece)
-                if self._tls.closed:
-                    self._closed(sink)
-                    return
-            else:
-                self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
-            self.close()
-            sink.garbage(f"{type(e).__name__}: {e}")
-            return
-        except ssl.SSLError as e:
-            self._broken(e)
-            return
+            self._feed(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, ssl.SSLError) as e:
+            self._spoiled = e
+        self._stamps += stamp
+        if len(self._parts) << 4 != len(self._stamps):
+            self._align(stamp)
+        self._size += len(data)
+        if self._size > _MUCH or data.endswith(_LAST):
+            self._size = 0
+            sink.more()
+        if self._whole or self._spoiled is not None:
+            self._after(sink)
+
+    def _align(self, stamp: bytes) -> None:
+        """A read brought several parts, or none."""
+        missing = len(self._parts) - len(self._stamps) // 16
+        if missing < 0:
+            del self._stamps[missing * 16:]
+        else:
+            self._stamps += stamp * missing
+
+    def _own_stamp(self) -> bytes:
+        """Of a kernel that does not stamp: now, in its words."""
+        assert self._sink is not None
+        self._sink.by_user()
+        return net.timespec(time.time_ns())
+
+    def _decrypt(self, data: bytes) -> None:
+        """Stands for the parser's feed where there is TLS."""
+        assert self._tls is not None
+        for piece in self._tls.decrypt(data):
+            self._parser.feed_data(piece)
+            if piece.endswith(_LAST):
+                self._size = _MUCH
+        if self._tls.closed and not self._whole:
+            self._spoiled = _Closed()
+
+    def _after(self, sink: Sink) -> None:
+        """An answer that is whole, or can go on no more."""
         if self._whole:
             self._finish(sink)
+        elif isinstance(self._spoiled, _Closed):
+            self._closed(sink)
+        elif isinstance(self._spoiled, ssl.SSLError):
+            self._broken(self._spoiled)
+        else:
+            self.close()
+            sink.garbage(f"{type(self._spoiled).__name__}: {self._spoiled}")
 
-    def _closed(self, sink: Sink) -> None:
+    def _closed(self, sink: Sink | None) -> None:
         """The server's end of the connection: a body without a length ends here."""
-        if self._whole or self._until_close():
+        if sink is None:  # idle; or it says what nobody asked
+            self.close()
+            self._idle_broke(self)
+        elif self._whole or self._until_close():
             self._finish(sink)
         else:
             self._broken(None)
@@ -159,8 +209,10 @@ class Connection:
     # -------------------------------------------------------------------- what httptools calls
 
     def on_message_begin(self) -> None:
+        self._began = True
         self._surplus = self._whole  # a second answer that nobody asked for
-        self._in_body = False
+        if not self._surplus:
+            self._in_body = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
@@ -171,11 +223,7 @@ class Connection:
             self._headers = {}
             return
         self._in_body = True
-        self._sink.head(self._stamp_ns, status, self._headers)
-
-    def on_body(self, data: bytes) -> None:
-        if self._in_body and self._sink is not None:
-            self._sink.body(self._stamp_ns, data, self._by_kernel)
+        self._sink.head(self._stamp, status, self._headers)
 
     def on_message_complete(self) -> None:
         if self._in_body and not self._whole:  # 100 Continue is no answer

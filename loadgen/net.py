@@ -20,32 +20,54 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
+
 READ_BYTES = 65536
 SO_TIMESTAMPNS = 35
-_ANCILLARY = socket.CMSG_SPACE(16)
-_timespec = struct.Struct("qq").unpack
-_SYNC_NS = 100_000_000  # the wall clock is slewed: its offset is taken anew so often
-_COARSE_NS = 50_000_000  # waits beyond this are no affair of the timer's
+ANCILLARY = socket.CMSG_SPACE(16)
+SYNC_S = 0.1
+_SYNCS = 36_000  # that are kept: an hour's
+_pack = struct.Struct("qq").pack
+_BELIEVED_NS = 3_600_000_000_000
 _TFD = 0o4000 | 0o2000000  # non-blocking, close-on-exec
 
 now_ns = time.monotonic_ns
 
 
 class Clock:
-    """Wall-clock stamps of the kernel as ns of the monotonic clock."""
+    """The kernel's stamps, wall-clock timespecs, as ns of the monotonic clock. The wall clock is
+    slewed and may step: its offset is taken anew every `SYNC_S`, and holds for what came since."""
 
     def __init__(self) -> None:
-        self._next_ns = 0
-        self._offset_ns = 0
+        offset_ns = _offset_ns()
+        self._walls, self._offsets = [time.time_ns()], [offset_ns]
 
-    def mono_ns(self, wall_ns: int, now: int) -> int:
-        """`now`: monotonic, after the read. A stamp cannot be later than that; one from before a
-        step of the wall clock is not believed."""
-        if now >= self._next_ns:
-            self._next_ns = now + _SYNC_NS
-            self._offset_ns = _offset_ns()
-        stamp = wall_ns - self._offset_ns
-        return stamp if now - 10_000_000_000 < stamp <= now else now
+    def sync(self) -> None:
+        self._walls.append(time.time_ns())
+        self._offsets.append(_offset_ns())
+        if len(self._walls) > _SYNCS:
+            del self._walls[: _SYNCS // 2], self._offsets[: _SYNCS // 2]
+
+    def mono_ns(self, timespecs: bytes | bytearray) -> list[int]:
+        """Each 16 bytes as they came from the kernel. No stamp is later than now, nor believed
+        if it is from long ago: then the clock was set meanwhile."""
+        if not timespecs:
+            return []
+        pairs = np.frombuffer(bytes(timespecs), np.int64).reshape(-1, 2)
+        wall = pairs[:, 0] * 1_000_000_000 + pairs[:, 1]
+        if len(self._walls) == 1 or wall[0] >= self._walls[-1]:
+            stamps = wall - self._offsets[-1]
+        else:
+            at = np.searchsorted(self._walls, wall, side="right") - 1
+            stamps = wall - np.take(self._offsets, np.maximum(at, 0))
+        now = now_ns()
+        stamps[(stamps > now) | (stamps < now - _BELIEVED_NS)] = now
+        return np.maximum.accumulate(stamps).tolist()  # type: ignore[no-any-return]
+
+
+def timespec(wall_ns: int) -> bytes:
+    """In the kernel's words."""
+    return _pack(*divmod(wall_ns, 1_000_000_000))
 
 
 def _offset_ns() -> int:
@@ -72,16 +94,6 @@ def ask_for_stamps(sock: socket.socket) -> bool:
     return True
 
 
-def receive(sock: socket.socket, clock: Clock) -> tuple[bytes, int, bool]:
-    """(bytes, when they arrived, whether the kernel says so). Raises OSError."""
-    data, ancillary, _, _ = sock.recvmsg(READ_BYTES, _ANCILLARY)
-    now = now_ns()
-    if ancillary:
-        s, ns = _timespec(ancillary[0][2])
-        return data, clock.mono_ns(s * 1_000_000_000 + ns, now), True
-    return data, now, False
-
-
 class Selector(selectors.BaseSelector):
     """epoll for asyncio, and beside it sockets whose readers are called at once: no Handle, no
     turn of the loop. Alarms are called at their instant, to a timer of the kernel (epoll's own
@@ -96,6 +108,7 @@ class Selector(selectors.BaseSelector):
         self._timer = _timer_fd()
         if self._timer is not None:
             self._epoll.register(self._timer, select.EPOLLIN | select.EPOLLET)
+        self.stir = False  # asyncio has something to do
         self.failed: Callable[[Exception], None] | None = None
 
     # -------------------------------------------------------------------------------- for clients
@@ -121,6 +134,7 @@ class Selector(selectors.BaseSelector):
     def alarm(self, due_ns: int, call: Callable[[], None]) -> None:
         """Calls at `due_ns`; alarms must be set in the order of their instants."""
         self._alarms.append((due_ns, call))
+        self.stir = True
 
     def no_alarms(self) -> None:
         self._alarms.clear()
@@ -163,32 +177,45 @@ class Selector(selectors.BaseSelector):
         self._direct.clear()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Returns when asyncio has something to do; direct sockets alone do not end it."""
         if self._alarms:
             self._ring()
-        ready = self._epoll.poll(self._patience(timeout), max(64, len(self._direct)))
-        found = []
-        direct, keys, alarms = self._direct, self._keys, self._alarms
-        for fd, mask in ready:
-            reader = direct.get(fd)
-            if reader is not None:
-                try:
-                    if mask & ~select.EPOLLOUT:
-                        reader()
-                    if mask & select.EPOLLOUT and fd in self._writers:
-                        self._writers[fd]()
-                except Exception as e:  # noqa: BLE001  (a bug of one reader must not stop the loop)
-                    self._say(e)
-                if alarms and now_ns() >= alarms[0][0]:
-                    self._ring()
-            elif (key := keys.get(fd)) is not None:
-                events = (mask & ~select.EPOLLIN and selectors.EVENT_WRITE) | (
-                    mask & ~select.EPOLLOUT and selectors.EVENT_READ)
-                found.append((key, events & key.events))
+        self.stir = False
+        wait_s = self._patience(timeout)
+        found: list[tuple[selectors.SelectorKey, int]] = []
+        readers, poll, timer, alarms = (
+            self._direct.get, self._epoll.poll, self._timer, self._alarms)
+        while not self.stir:
+            for fd, mask in poll(wait_s, 1024):
+                reader = readers(fd)
+                if reader is not None:
+                    try:
+                        if mask == 1:  # EPOLLIN
+                            reader()
+                        else:
+                            self._other(fd, mask)
+                    except Exception as e:  # noqa: BLE001  (one reader's bug must not stop the loop)
+                        self._say(e)
+                    if alarms and now_ns() >= alarms[0][0]:
+                        self._ring()
+                elif fd == timer:
+                    self.stir = True
+                elif (key := self._keys.get(fd)) is not None:
+                    found.append((key, _events(mask) & key.events))
+            if found or wait_s >= 0:
+                break
         if alarms:
             self._ring()
         return found
 
     # ------------------------------------------------------------------------------------- inside
+
+    def _other(self, fd: int, mask: int) -> None:
+        """More than something to read: it can be written, or has broken."""
+        if mask & ~select.EPOLLOUT:
+            self._direct[fd]()
+        if mask & select.EPOLLOUT and fd in self._writers:
+            self._writers[fd]()
 
     def _ring(self) -> None:
         """Calls every alarm whose instant has come."""
@@ -200,7 +227,8 @@ class Selector(selectors.BaseSelector):
                 self._say(e)
 
     def _patience(self, timeout: float | None) -> float:
-        """What epoll is to wait, s; a timer is set for what does not end at a millisecond."""
+        """What epoll is to wait, s. -1: until something happens, and be it that the timer that is
+        set here runs out."""
         if timeout is not None and timeout <= 0:
             return 0
         wait_ns = None if timeout is None else round(timeout * 1e9)
@@ -209,7 +237,7 @@ class Selector(selectors.BaseSelector):
             wait_ns = left_ns if wait_ns is None else min(wait_ns, left_ns)
         if wait_ns is None:
             return -1
-        if self._timer is None or wait_ns > _COARSE_NS:
+        if self._timer is None:
             return max(0.0, wait_ns / 1e9 - 0.001)  # the rest is a turn of its own
         _set_timer(self._timer, wait_ns)
         return -1
@@ -245,19 +273,38 @@ class _Map(dict[int, selectors.SelectorKey]):
             return default
 
 
+def _events(mask: int) -> int:
+    """epoll's words as `selectors`' (errors can be read and written)."""
+    return ((mask & ~select.EPOLLIN and selectors.EVENT_WRITE)
+            | (mask & ~select.EPOLLOUT and selectors.EVENT_READ))
+
+
 def _mask(events: int) -> int:
     return ((select.EPOLLIN if events & selectors.EVENT_READ else 0)
             | (select.EPOLLOUT if events & selectors.EVENT_WRITE else 0))
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """asyncio's own loop on our selector."""
+    """asyncio's own loop on our selector, which must hear of whatever is to be done."""
 
     def __init__(self) -> None:
         self.direct = Selector()
         super().__init__(self.direct)
         self.direct.failed = lambda e: self.call_exception_handler(
             {"message": "a reader or an alarm failed", "exception": e})
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+        self.direct.stir = True
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None,
+                ) -> asyncio.TimerHandle:
+        self.direct.stir = True
+        return super().call_at(when, callback, *args, context=context)
+
+    def stop(self) -> None:
+        self.direct.stir = True
+        super().stop()
 
 
 class Plain:

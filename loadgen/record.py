@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
 
+import numpy as np
 from msgspec import Struct
 
 from loadgen import bulk, openai
@@ -108,6 +109,12 @@ class Shot(Struct, frozen=True):
     abandon_after_s: float | None = None
 
 
+def _gaps_us(stamps_ns: "array[int]") -> list[int]:
+    """From each stamp to the next; cut to µs in a way that sums up."""
+    gaps: list[int] = np.diff(np.frombuffer(stamps_ns, np.int64) // 1000).tolist()
+    return gaps
+
+
 class Recorder:
     """Turns stamps and bytes of one request into its record.
 
@@ -189,7 +196,9 @@ class Recorder:
         outcome = self._outcome(failure)
         shot, stamps, usage = self.shot, self._stamps_ns, self._usage
         counted = usage.completion_tokens if usage else None
-        reads = [len(list(same)) for _, same in itertools.groupby(stamps)]
+        reads = None  # one event per read, mostly
+        if len(set(stamps)) < len(stamps):
+            reads = [len(list(same)) for _, same in itertools.groupby(stamps)]
         by_event = sum(self._event_tok) if self._event_tok else len(stamps) or None
         return RequestRecord(
             leg=shot.leg, shard=shot.shard, seq=shot.seq, session=shot.session, turn=shot.turn,
@@ -197,8 +206,8 @@ class Recorder:
             end_ns=self._end_ns if self.ended and self._end_ns else now_ns,
             outcome=outcome, sent_ns=self.sent_ns, headers_ns=self._headers_ns,
             first_ns=self.first_ns, first_visible_ns=self._first_visible_ns,
-            gaps_us=[b // 1000 - a // 1000 for a, b in itertools.pairwise(stamps)],
-            reads=reads if len(reads) < len(stamps) else None,
+            gaps_us=_gaps_us(stamps),
+            reads=reads,
             stamp_kind=self.stamp_kind,
             event_tok=self._event_tok if len(self._event_tok) == len(stamps) > 0 else None,
             connect_wait_ns=self.connect_wait_ns,
@@ -211,16 +220,15 @@ class Recorder:
             status=self.status, finish_reason=self._finish,
             error=None if outcome is Outcome.OK else self._error or error)
 
-    def feed_reads(self, reads: Sequence[tuple[int, bytes]]) -> None:
+    def feed_reads(self, stamps_ns: Sequence[int], parts: Sequence[bytes]) -> None:
         """Body bytes of several reads, each with its stamp: the same as `feed` for one after the
         other, but quick where events are alike."""
-        data = b"".join(d for _, d in reads)
-        ends = list(itertools.accumulate(len(d) for _, d in reads))
+        data, ends = b"".join(parts), list(itertools.accumulate(map(len, parts)))
         at = 0
-        for (stamp_ns, _), end in zip(reads, ends, strict=True):
+        for stamp_ns, end in zip(stamps_ns, ends, strict=True):
             while at < end:
                 if self._is_stream and (alike := self._alike(data, at)):
-                    self._many(alike, reads, ends)
+                    self._many(alike, stamps_ns, ends)
                     at = alike[-1]
                     continue
                 cut = data.find(b"\n\n", at, end)
@@ -270,17 +278,18 @@ class Recorder:
         self._visible_at = visible
         return ends
 
-    def _many(self, events: Sequence[int], reads: Sequence[tuple[int, bytes]],
-              ends: Sequence[int]) -> None:
+    def _many(self, events: Sequence[int], stamps_ns: Sequence[int], ends: Sequence[int]) -> None:
         """Token events that end at `events`, each with the stamp of the read that ended it."""
         read = bisect.bisect_left(ends, events[0])
-        stamps = self._stamps_ns
-        for at in events:
-            while ends[read] < at:
-                read += 1
-            stamps.append(reads[read][0])
+        if ends[read:read + len(events)] == events:  # one event per read
+            self._stamps_ns.extend(stamps_ns[read:read + len(events)])
+        else:
+            for at in events:
+                while ends[read] < at:
+                    read += 1
+                self._stamps_ns.append(stamps_ns[read])
         if self._first_visible_ns is None and self._visible_at is not None:
-            self._first_visible_ns = reads[bisect.bisect_left(ends, self._visible_at)][0]
+            self._first_visible_ns = stamps_ns[bisect.bisect_left(ends, self._visible_at)]
 
     def _token(self, now_ns: int, event: openai.Event) -> None:
         if self.first_ns is None:

@@ -41,7 +41,7 @@ def record(reads: list[tuple[int, bytes]], batches: list[int] | None) -> Request
     else:
         rest, sizes = iter(reads), itertools.cycle(batches)
         while taken := list(itertools.islice(rest, next(sizes))):
-            recorder.feed_reads(taken)
+            recorder.feed_reads([stamp for stamp, _ in taken], [data for _, data in taken])
     return recorder.end(10**9)
 
 
