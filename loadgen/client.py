@@ -228,6 +228,10 @@ class Flight:
     # ------------------------------------------------------------------------------ its answer
 
     def head(self, stamp: bytes, status: int, headers: dict[bytes, bytes]) -> None:
+        packed = headers.get(b"content-encoding", b"identity")
+        if packed.lower() != b"identity":
+            raise ValueError(f"the answer is packed ({packed.decode('latin-1')}), and was asked "
+                             "for as it is")
         [stamp_ns] = self._client.clock.mono_ns(stamp)
         self.recorder.response(
             stamp_ns, status, headers.get(b"content-type", b"").decode("latin-1"),

@@ -32,7 +32,8 @@ class Sink(Protocol):
     parts: list[bytes]  # of the body, as framing gives them …
     stamps: bytearray  # … each with the stamp of its read, a timespec of the wall clock
 
-    def head(self, stamp: bytes, status: int, headers: dict[bytes, bytes]) -> None: ...
+    def head(self, stamp: bytes, status: int, headers: dict[bytes, bytes]) -> None:
+        """May raise ValueError: then the rest is garbage."""
 
     def more(self) -> None:
         """Much has come, or what may be the last of it. To be taken out of the lists in place."""
@@ -177,7 +178,8 @@ class Connection:
             self._broken(self._spoiled)
         else:
             self.close()
-            sink.garbage(f"{type(self._spoiled).__name__}: {self._spoiled}")
+            why = getattr(self._spoiled, "__context__", None) or self._spoiled  # its own, or the sink's
+            sink.garbage(f"{type(why).__name__}: {why}")
 
     def _closed(self, sink: Sink | None) -> None:
         """The server's end of the connection: a body without a length ends here."""

@@ -18,7 +18,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from contextvars import Context
+from typing import Any, TypeVarTuple, Unpack, cast
 
 import numpy as np
 
@@ -30,6 +31,8 @@ _SYNCS = 36_000  # that are kept: an hour's
 _pack = struct.Struct("qq").pack
 _BELIEVED_NS = 3_600_000_000_000
 _TFD = 0o4000 | 0o2000000  # non-blocking, close-on-exec
+
+Ts = TypeVarTuple("Ts")
 
 now_ns = time.monotonic_ns
 
@@ -293,12 +296,13 @@ class Loop(asyncio.SelectorEventLoop):
         self.direct.failed = lambda e: self.call_exception_handler(
             {"message": "a reader or an alarm failed", "exception": e})
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+    def call_soon(self, callback: Callable[[Unpack[Ts]], object], *args: *Ts,
+                  context: Context | None = None) -> asyncio.Handle:
         self.direct.stir = True
         return super().call_soon(callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None,
-                ) -> asyncio.TimerHandle:
+    def call_at(self, when: float, callback: Callable[[Unpack[Ts]], object], *args: *Ts,
+                context: Context | None = None) -> asyncio.TimerHandle:
         self.direct.stir = True
         return super().call_at(when, callback, *args, context=context)
 

@@ -611,6 +611,13 @@ def test_a_whole_answer_instead_of_a_stream_is_a_bad_stream(kind: str) -> None:
     assert (r.outcome, r.status) == (Outcome.BAD_STREAM, 200)
 
 
+def test_an_answer_that_is_packed_is_a_bad_stream_and_says_so() -> None:
+    packed = HEAD.replace(b"\r\n\r\n", b"\r\ncontent-encoding: gzip\r\n\r\n")
+    r = answer([packed + chunk(b"\x1f\x8b") + LAST])
+    assert r.outcome is Outcome.BAD_STREAM
+    assert "gzip" in (r.error or "")
+
+
 def test_a_line_without_end_is_a_bad_stream_and_bounded() -> None:
     pieces: list[Step] = [chunk(b"x" * 2**20) for _ in range(40)]
     found, server = answers([[HEAD, *pieces, HOLD]])

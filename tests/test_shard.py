@@ -79,12 +79,11 @@ def unseen(_: Progress) -> None:
 
 def children(pid: int | None = None) -> list[int]:
     """Generator processes that are children of a process."""
-    found = []
+    found: list[int] = []
     for task in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
         with contextlib.suppress(OSError):  # threads and processes end while one looks at them
-            for child in (task / "children").read_text().split():
-                if b"loadgen.shard" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(int(child))
+            found += [int(child) for child in (task / "children").read_text().split()
+                      if b"loadgen.shard" in Path(f"/proc/{child}/cmdline").read_bytes()]
     return sorted(found)
 
 
