@@ -12,6 +12,7 @@ import errno
 import functools
 import ssl
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 from urllib.parse import SplitResult, urlsplit
@@ -28,6 +29,7 @@ _OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.E
 _KEEPALIVE_NS = 4_000_000_000  # uvicorn closes an idle connection after 5 s: be first
 _STALE_NS = 1_000_000_000
 _CONNECT_S = 5.0
+_SLICE_NS = 300_000
 
 
 class Client:
@@ -39,6 +41,8 @@ class Client:
         self._scenario = scenario
         self._idle: deque[Connection] = deque()  # the last used at the right
         self._flights: set[Flight] = set()
+        self._chores: deque[Callable[[], None]] = deque()
+        self._at_work = False
 
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
@@ -118,6 +122,24 @@ class Client:
         self._flights.discard(flight)
         self.inflight -= 1
 
+    def later(self, chore: Callable[[], None]) -> None:
+        """Does it soon, but a little at a time: sockets are read in between, or what many answers
+        that end at once leave to do would hold up the stamps of all others."""
+        self._chores.append(chore)
+        if not self._at_work:
+            self._at_work = True
+            self.loop.call_soon(self._work)
+
+    def _work(self) -> None:
+        until_ns = now_ns() + _SLICE_NS
+        try:
+            while self._chores and now_ns() < until_ns:
+                self._chores.popleft()()
+        finally:
+            self._at_work = bool(self._chores)
+            if self._chores:
+                self.loop.call_soon(self._work)
+
     async def connection(self) -> Connection:
         """A new one. Raises OSError, ValueError."""
         sock, tls = await connect(self._url, self._proxy, self._context)
@@ -179,6 +201,7 @@ class Flight:
         self._timer: asyncio.TimerHandle | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
+        self._ended_ns: int | None = None
         self.parts: list[bytes] = []  # of the body, not parsed yet …
         self.stamps = bytearray()  # … and when each was received
 
@@ -196,7 +219,9 @@ class Flight:
             self._send(connection, request)
 
     def cancel(self) -> None:
+        """Its record is there when this returns."""
         self._land(Outcome.CANCELLED, None)
+        self._record()
 
     # ------------------------------------------------------------------------------------- out
 
@@ -241,9 +266,12 @@ class Flight:
         if self.parts and self.parts[-1].endswith(b"[DONE]\n\n"):
             self._linger()
         else:
-            self._fold()
-            if self.recorder.fatal is Outcome.BAD_STREAM:
-                self._land(None, None)
+            self._client.later(self._look)
+
+    def _look(self) -> None:
+        self._fold()
+        if self.recorder.fatal is Outcome.BAD_STREAM:
+            self._land(None, None)
 
     def by_user(self) -> None:
         self.recorder.stamp_kind = "user"
@@ -309,9 +337,10 @@ class Flight:
         self.recorder.feed_reads(stamps, parts)
 
     def _land(self, failure: Outcome | None, error: str | None) -> None:
-        """Ends it, once."""
-        if self.landed.done():
+        """Ends it, once; its record follows."""
+        if self._ended_ns is not None:
             return
+        self._ended_ns, self._failure, self._error = now_ns(), failure, error
         if self._timer is not None:
             self._timer.cancel()
         if self._connecting is not None:
@@ -319,9 +348,15 @@ class Flight:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        self._client.forget(self)
+        self._client.later(self._record)
+
+    def _record(self) -> None:
+        if self.landed.done():
+            return
+        assert self._ended_ns is not None
         self._fold()
-        record = self.recorder.end(now_ns(), failure, error)
+        record = self.recorder.end(self._ended_ns, self._failure, self._error)
         if record.error is not None:
             record.error = self._client.target.scrub(record.error)
-        self._client.forget(self)
         self.landed.set_result(record)

@@ -178,7 +178,7 @@ class Connection:
             self._broken(self._spoiled)
         else:
             self.close()
-            why = getattr(self._spoiled, "__context__", None) or self._spoiled  # its own, or the sink's
+            why = getattr(self._spoiled, "__context__", None) or self._spoiled  # the sink's own
             sink.garbage(f"{type(why).__name__}: {why}")
 
     def _closed(self, sink: Sink | None) -> None:
