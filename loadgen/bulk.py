@@ -9,6 +9,7 @@ import re
 
 _KEYS = (b'"content":', b'"text":', b'"reasoning_content":', b'"reasoning":')
 _TEXT = re.compile(rb' ?"((?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*)"')
+_LAST = 4  # finish, usage, [DONE], and one more
 _ODD = re.compile(rb'["\\\x00-\x1f]').search
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*\Z').match
 _ESCAPED = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*\Z').match
@@ -28,6 +29,9 @@ class Template:
             return [], None
         events = data[start:].split(b"\n\n")
         events.pop()  # not whole
+        for _ in range(_LAST):  # mostly it is the last ones that say something else
+            if events and not self._is_one(events[-1]):
+                events.pop()
         first, last = len(self._before), -len(self._after)
         texts = [event[first:last] for event in events]
         if not self._is_all(data, start, texts):
