@@ -74,12 +74,13 @@ class Client:
                 pass
         await asyncio.gather(*(one() for _ in range(n - len(self._idle))))
 
+    def prepare(self, shot: Shot) -> "Flight":
+        """A request that needs but its `start`."""
+        return Flight(self, shot, self._scenario)
+
     def launch(self, shot: Shot) -> "Flight":
         """Sends a request now, or as soon as it has a connection."""
-        flight = Flight(self, shot, self._scenario)
-        self._flights.add(flight)
-        self.inflight += 1
-        flight.recorder.inflight = self.inflight
+        flight = self.prepare(shot)
         flight.start()
         return flight
 
@@ -118,6 +119,12 @@ class Client:
         if connection.open:
             self._idle.append(connection)
 
+    def enter(self, flight: "Flight") -> int:
+        """How many are in flight, with this one."""
+        self._flights.add(flight)
+        self.inflight += 1
+        return self.inflight
+
     def forget(self, flight: "Flight") -> None:
         self._flights.discard(flight)
         self.inflight -= 1
@@ -135,6 +142,7 @@ class Client:
         try:
             while self._chores and now_ns() < until_ns:
                 self._chores.popleft()()
+                self.direct.ring()
         finally:
             self._at_work = bool(self._chores)
             if self._chores:
@@ -196,27 +204,33 @@ class Flight:
         self.recorder.stamp_kind = "kernel"  # unless a read says otherwise
         self.landed: asyncio.Future[RequestRecord] = client.loop.create_future()
         self._client = client
-        self._deadline = Deadline(scenario.timeouts_of(shot.cls), shot.abandon_after_s,
-                                  client.loop.time())
+        self._limits = scenario.timeouts_of(shot.cls)
         self._timer: asyncio.TimerHandle | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._ended_ns: int | None = None
         self.parts: list[bytes] = []  # of the body, not parsed yet …
         self.stamps = bytearray()  # … and when each was received
+        try:
+            self._request, self._unfit = client.request(shot.body), ""
+        except ValueError as e:
+            self._request, self._unfit = b"", str(e)
 
     def start(self) -> None:
-        try:
-            request = self._client.request(self.recorder.shot.body)
-        except ValueError as e:
-            self._client.loop.call_soon(self._land, Outcome.CONNECT_FAILED, str(e))
+        """Sends it, and does everything else after that."""
+        client = self._client
+        connection = client.take()
+        if connection is not None and not self._unfit:
+            self._send(connection)
+        self.recorder.inflight = client.enter(self)
+        self._deadline = Deadline(self._limits, self.recorder.shot.abandon_after_s,
+                                  client.loop.time())
+        if self._unfit:
+            client.loop.call_soon(self._land, Outcome.CONNECT_FAILED, self._unfit)
             return
         self._wait()
-        connection = self._client.take()
         if connection is None:
-            self._connecting = self._client.loop.create_task(self._connect_and_send(request))
-        else:
-            self._send(connection, request)
+            self._connecting = client.loop.create_task(self._connect_and_send())
 
     def cancel(self) -> None:
         """Its record is there when this returns."""
@@ -225,7 +239,7 @@ class Flight:
 
     # ------------------------------------------------------------------------------------- out
 
-    async def _connect_and_send(self, request: bytes) -> None:
+    async def _connect_and_send(self) -> None:
         began_ns = now_ns()
         try:
             connection = await self._client.connection()
@@ -237,18 +251,18 @@ class Flight:
             self._land(Outcome.CONNECT_FAILED, str(e))
             return
         self.recorder.connect_wait_ns = now_ns() - began_ns
-        self._send(connection, request)
+        self._send(connection)
 
     def _where(self, error: OSError) -> str:
         return f"cannot connect to {self._client.target.base_url}: {error}"
 
-    def _send(self, connection: Connection, request: bytes) -> None:
+    def _send(self, connection: Connection) -> None:
         self._connection = connection
         try:
-            self.recorder.sent(connection.exchange(request, self))
+            self.recorder.sent(connection.exchange(self._request, self))
         except OSError as e:
             connection.close()
-            self.broke(e, began=False)
+            self._client.loop.call_soon(self.broke, e, False)
 
     # ------------------------------------------------------------------------------ its answer
 
@@ -287,8 +301,7 @@ class Flight:
         if connection is not None and connection.used > 1 and not began and self._just_sent():
             self.recorder.stale_retries += 1  # the server had closed it while it was idle
             if self.recorder.stale_retries == 1:
-                request = self._client.request(self.recorder.shot.body)
-                self._connecting = self._client.loop.create_task(self._connect_and_send(request))
+                self._connecting = self._client.loop.create_task(self._connect_and_send())
                 return
         what = "the server closed the connection" if error is None else (
             f"{type(error).__name__}: {error}")

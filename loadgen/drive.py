@@ -139,17 +139,19 @@ class LegRun:
             if not await self._wait_until(due_ns - ARM_NS, due_ns):
                 return
             shot = self._shot(planned, 0, bodies[0], due_ns)
+            self.work.client.direct.ring()
             self._armed += 1
             self._awaited += self._measures(due_ns)
             self.work.client.direct.alarm(due_ns, functools.partial(
-                self._start, planned, bodies, shot, max_inflight))
+                self._start, planned, bodies, self.work.client.prepare(shot), max_inflight))
         while self._armed and await self._wait_until(now_ns() + ARM_NS):
             pass  # the plan's last starts are yet to come
 
-    def _start(self, planned: plan.Session, bodies: list[bytes], shot: Shot,
+    def _start(self, planned: plan.Session, bodies: list[bytes], flight: Flight,
                max_inflight: int) -> None:
         """The instant has come. One that cannot be started is DROPPED."""
         self._armed -= 1
+        shot = flight.recorder.shot
         if self.stopping.is_set():
             self._awaited -= self._measures(shot.due_ns)
             return
@@ -158,7 +160,7 @@ class LegRun:
             self._count(_not_sent(shot, Outcome.DROPPED, f"max_inflight of {max_inflight} reached"))
             return
         self._aloft += 1
-        flight = self.work.client.launch(shot)
+        flight.start()
         self.work.client.loop.call_soon(self._follow, planned, bodies, flight)
 
     def _follow(self, planned: plan.Session, bodies: list[bytes], flight: Flight) -> None:
@@ -224,6 +226,7 @@ class LegRun:
         self.work.journal.append(record)
         self.done += 1
         self.outcomes[record.outcome.value] += 1
+        self.work.client.direct.ring()  # a start may be due: that goes first
         good = not metrics.misses(record, self.work.slos[record.cls])
         self.done_good += good
         if self._measures(record.due_ns):

@@ -139,8 +139,14 @@ class Selector(selectors.BaseSelector):
         self._alarms.append((due_ns, call))
         self.stir = True
 
-    def no_alarms(self) -> None:
-        self._alarms.clear()
+    def ring(self) -> None:
+        """Calls every alarm whose instant has come; whoever works for long may do so in between."""
+        alarms = self._alarms
+        while alarms and now_ns() >= alarms[0][0]:
+            try:
+                alarms.popleft()[1]()
+            except Exception as e:  # noqa: BLE001
+                self._say(e)
 
     # -------------------------------------------------------------------------------- for asyncio
 
@@ -182,7 +188,7 @@ class Selector(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Returns when asyncio has something to do; direct sockets alone do not end it."""
         if self._alarms:
-            self._ring()
+            self.ring()
         self.stir = False
         wait_s = self._patience(timeout)
         found: list[tuple[selectors.SelectorKey, int]] = []
@@ -200,7 +206,7 @@ class Selector(selectors.BaseSelector):
                     except Exception as e:  # noqa: BLE001  (one reader's bug must not stop the loop)
                         self._say(e)
                     if alarms and now_ns() >= alarms[0][0]:
-                        self._ring()
+                        self.ring()
                 elif fd == timer:
                     self.stir = True
                 elif (key := self._keys.get(fd)) is not None:
@@ -208,7 +214,7 @@ class Selector(selectors.BaseSelector):
             if found or wait_s >= 0:
                 break
         if alarms:
-            self._ring()
+            self.ring()
         return found
 
     # ------------------------------------------------------------------------------------- inside
@@ -219,15 +225,6 @@ class Selector(selectors.BaseSelector):
             self._direct[fd]()
         if mask & select.EPOLLOUT and fd in self._writers:
             self._writers[fd]()
-
-    def _ring(self) -> None:
-        """Calls every alarm whose instant has come."""
-        alarms = self._alarms
-        while alarms and now_ns() >= alarms[0][0]:
-            try:
-                alarms.popleft()[1]()
-            except Exception as e:  # noqa: BLE001
-                self._say(e)
 
     def _patience(self, timeout: float | None) -> float:
         """What epoll is to wait, s. -1: until something happens, and be it that the timer that is
@@ -336,10 +333,8 @@ class Plain:
         while self._handles and self._handles[0].when() < self._loop.time() - 1:
             self._handles.popleft()
 
-    def no_alarms(self) -> None:
-        for handle in self._handles:
-            handle.cancel()
-        self._handles.clear()
+    def ring(self) -> None:
+        """Its loop calls them."""
 
 
 def direct_of(loop: asyncio.AbstractEventLoop) -> Selector | Plain:
