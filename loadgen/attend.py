@@ -83,7 +83,7 @@ class _Attendant:
     async def _ready(self, patience_s: float) -> Answer:
         target = self._target
         if not target.model:
-            model = await calibrate.the_model(target.base_url, target.headers)
+            model = await calibrate.the_model(target)
             self._target = target = msgspec.structs.replace(target, model=model)
         await calibrate.wait_ready(target, self._mix, lambda: None, patience_s)
         ratios = await calibrate.ratios(target, self._mix, self._seed)

@@ -56,19 +56,20 @@ async def wait_ready(target: Target, scenario: Scenario, alive: Callable[[], str
             retry_s = min(SELDOM_S, 1.1 * retry_s)
 
 
-async def the_model(base_url: str, headers: dict[str, str]) -> str:
+async def the_model(target: Target) -> str:
     """The server's model if it has just one. Raises ScenarioError (name one) or ServerError."""
-    url = f"{base_url}/v1/models"
+    url = f"{target.base_url}/v1/models"
     try:
-        async with (aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
-                    session.get(url, headers=headers) as answer):
+        async with (aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=10), proxy=target.proxy) as session,
+                    session.get(url, headers=target.headers) as answer):
             if answer.status != 200:
                 raise ScenarioError(f"{url} says {answer.status}; give --model NAME (and "
                                     "--api-key KEY if the server wants one)")
             said = await answer.json(content_type=None)
             names = [str(m["id"]) for m in said["data"]]
     except (aiohttp.ClientError, TimeoutError, OSError) as e:
-        raise ServerError(f"{base_url} cannot be reached: {e}") from e
+        raise ServerError(f"{target.base_url} cannot be reached: {e}") from e
     except (ValueError, KeyError, TypeError) as e:
         raise ScenarioError(f"{url} does not list models; give --model NAME") from e
     if len(names) == 1:
@@ -116,7 +117,7 @@ async def _tokenized(target: Target, scenario: Scenario,
                      texts: list[str]) -> list[tuple[int, int]]:
     """(characters, tokens) of each text by the server's /tokenize; [] if it has none."""
     url, counts = f"{target.base_url}/tokenize", []
-    async with aiohttp.ClientSession(headers=target.headers,
+    async with aiohttp.ClientSession(headers=target.headers, proxy=target.proxy,
                                      timeout=aiohttp.ClientTimeout(total=10)) as session:
         for text in texts:
             what = ({"messages": [{"role": "user", "content": text}]}

@@ -48,6 +48,7 @@ class Client:
         self.loop = asyncio.get_running_loop()
         self.direct = net.direct_of(self.loop)
         self.clock = net.Clock()
+        self._keeper = net.keep_stamping()
         self._syncing = self.loop.create_task(self._sync())
         return self
 
@@ -55,6 +56,7 @@ class Client:
                         tb: TracebackType | None) -> None:
         self.cancel()
         self._syncing.cancel()
+        self._keeper.close()
         while self._idle:
             self._idle.pop().close()
 

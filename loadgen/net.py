@@ -97,6 +97,14 @@ def ask_for_stamps(sock: socket.socket) -> bool:
     return True
 
 
+def keep_stamping() -> socket.socket:
+    """A socket that keeps the kernel stamping: it begins some milliseconds after the first socket
+    asks for it, and what came before that has no stamp."""
+    keeper = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    ask_for_stamps(keeper)
+    return keeper
+
+
 class Selector(selectors.BaseSelector):
     """epoll for asyncio, and beside it sockets whose readers are called at once: no Handle, no
     turn of the loop. Alarms are called at their instant, to a timer of the kernel (epoll's own

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from loadgen import scenario
 from loadgen.errors import ScenarioError
@@ -60,6 +61,8 @@ def target_options(command: Any) -> Any:
                      help="Sent as a bearer token. Also $LOADGEN_API_KEY. Never written down."),
         click.option("--header", "headers", multiple=True, metavar="K=V",
                      help="Another request header; may be repeated. Never written down."),
+        click.option("--proxy", metavar="URL", help="An HTTP proxy on the way to --base-url; its "
+                     "user and password may stand in the URL, and are never written down."),
         click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
                      help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
                      "or vLLM's ttft:1000 in ms."),
@@ -91,7 +94,11 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
         if not re.match(r"https?://[^/]", options["base_url"].strip()):
             raise click.UsageError(f"--base-url {options['base_url']!r}: write it with its scheme, "
                                    "as http://127.0.0.1:8000")
-        return RemoteServer(target_of(options["base_url"], options["model"] or ""))
+        target = target_of(options["base_url"], options["model"] or "")
+        return RemoteServer(msgspec.structs.replace(target, proxy=proxy_of(options["proxy"])))
+    if options["proxy"]:
+        raise click.UsageError("--proxy goes with --base-url: a server that is started here is "
+                               "asked directly")
     if launches_vllm(options):
         from servers.vllm import VllmServer  # noqa: PLC0415
 
@@ -100,6 +107,12 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
     from servers.sim.launch import SimServer  # noqa: PLC0415
 
     return SimServer(server_options, out / "server.log")
+
+
+def proxy_of(url: str | None) -> str | None:
+    if url is None or re.match(r"http://[^/]+/?$", url):
+        return url
+    raise click.UsageError(f"--proxy {url!r}: write it as http://host:3128")
 
 
 def launches_vllm(options: dict[str, Any]) -> bool:

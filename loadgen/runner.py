@@ -193,9 +193,9 @@ async def _ready(session: Session, view: View) -> Target:
     streamed an answer."""
     server, log = session.server, session.out / SERVER_LOG
     target = server.start()
-    headers = {**target.headers, **session.headers}
-    model = session.model or target.model or await calibrate.the_model(target.base_url, headers)
-    target = msgspec.structs.replace(target, headers=headers, model=model)
+    target = msgspec.structs.replace(target, headers={**target.headers, **session.headers})
+    model = session.model or target.model or await calibrate.the_model(target)
+    target = msgspec.structs.replace(target, model=model)
     patience_s = server.patience_s if session.patience_s is None else session.patience_s
     try:
         with (view.waiting(patience_s, lambda: death.last_line(log)) if patience_s > QUICK_S

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,9 @@ class RawServer:
     """`script(k)` is the answer to the k-th POST, over all connections. After a script that does
     not end its connection, the next request on it is read: it is kept alive."""
 
-    def __init__(self, script: Callable[[int], Script], get: Script | None = None) -> None:
-        self._script, self._get = script, get
+    def __init__(self, script: Callable[[int], Script], get: Script | None = None,
+                 tls: ssl.SSLContext | None = None) -> None:
+        self._script, self._get, self._tls = script, get, tls
         self.requests: list[Got] = []
         self.gets: list[Got] = []
         self.connections = 0
@@ -58,9 +60,9 @@ class RawServer:
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=2048,
-                                                  limit=2**22)
+                                                  limit=2**22, ssl=self._tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,

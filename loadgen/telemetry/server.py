@@ -59,7 +59,8 @@ async def watch(target: Target, journal: Journal, keep: list[Row], simulated: bo
     headers = {k: v for k, v in target.headers.items() if k.lower() == "authorization"}
     timeout = aiohttp.ClientTimeout(total=2.0)
     left = {"/metrics": float(TRIES), "/sim/gpu": TRIES if simulated else 0.0}
-    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+    async with aiohttp.ClientSession(timeout=timeout, headers=headers,
+                                     proxy=target.proxy) as session:
         while any(left.values()):
             began = time.monotonic()
             for path in [p for p, tries in left.items() if tries]:
@@ -89,7 +90,8 @@ async def is_healthy(target: Target) -> str | None:
     """None if the server answers; else what is wrong. A server without /health (404) is judged
     by answering at all."""
     try:
-        async with (aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session,
+        async with (aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=5.0), proxy=target.proxy) as session,
                     session.get(target.base_url + "/health") as answer):
             return f"/health says {answer.status}" if answer.status >= 500 else None
     except TimeoutError:

@@ -1,0 +1,368 @@
+"""The generator's event loop and its connections: stamps of the kernel, alarms, TLS, proxies; and
+asyncio's own doings on it."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from loadgen import net
+from loadgen.client import Client
+from loadgen.net import now_ns
+from loadgen.record import Outcome
+from loadgen.target import Target
+from tests.raw_server import (
+    DONE,
+    HEAD,
+    HOLD,
+    LAST,
+    RST,
+    RawServer,
+    Script,
+    Step,
+    finish,
+    good,
+    head,
+    token,
+    usage,
+)
+from tests.test_client import made, shot
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(test, 40)
+
+    with asyncio.Runner(loop_factory=net.new_loop) as runner:
+        runner.run(limited())
+
+
+# ------------------------------------------------------------------------------------- the clock
+
+
+def test_a_kernels_stamp_becomes_the_monotonic_instant() -> None:
+    clock = net.Clock()
+    before = now_ns()
+    stamp = net.timespec(time.time_ns())
+    after = now_ns()
+    [mono] = clock.mono_ns(stamp)
+    assert before - 100_000 <= mono <= after + 100_000
+
+
+def test_no_stamp_is_in_the_future_nor_before_the_one_before() -> None:
+    clock = net.Clock()
+    wall = time.time_ns()
+    stamps = clock.mono_ns(b"".join(map(net.timespec, (wall, wall - 5000, wall + 10**12))))
+    assert stamps == sorted(stamps)
+    assert stamps[-1] <= now_ns()
+
+
+def test_a_stamp_has_the_offset_of_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock is set 50 ms back between two reads: neither stamp moves."""
+    clock = net.Clock()
+    first_wall, first = time.time_ns(), now_ns()
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 50_000_000)
+    time.sleep(0.12)
+    clock.sync()
+    second_wall, second = time.time_ns(), now_ns()
+    found = clock.mono_ns(net.timespec(first_wall) + net.timespec(second_wall))
+    assert abs(found[0] - first) < 20_000_000
+    assert abs(found[1] - second) < 20_000_000
+
+
+# --------------------------------------------------------------------------------------- alarms
+
+
+def test_alarms_ring_in_order_and_never_early() -> None:
+    async def test() -> None:
+        direct = net.direct_of(asyncio.get_running_loop())
+        assert isinstance(direct, net.Selector)
+        rung: list[tuple[int, int]] = []
+        t0 = now_ns()
+        for k in range(200):
+            due = t0 + 5_000_000 + k * 300_000
+            direct.alarm(due, lambda due=due: rung.append((due, now_ns())))  # type: ignore[misc]
+        await asyncio.sleep(0.3)
+        assert len(rung) == 200
+        assert [due for due, _ in rung] == sorted(due for due, _ in rung)
+        assert all(at >= due for due, at in rung)
+    run(test())
+
+
+def test_an_alarm_that_fails_stops_neither_the_loop_nor_the_next_one() -> None:
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        said: list[Any] = []
+        loop.set_exception_handler(lambda _, context: said.append(context["exception"]))
+        direct = net.direct_of(loop)
+        rung = asyncio.Event()
+
+        def fails() -> None:
+            raise RuntimeError("no")
+
+        direct.alarm(now_ns(), fails)
+        direct.alarm(now_ns(), rung.set)
+        await asyncio.wait_for(rung.wait(), 5)
+        assert [str(e) for e in said] == ["no"]
+    run(test())
+
+
+# ------------------------------------------------------------------------- asyncio on this loop
+
+
+def test_streams_processes_threads_and_timers_work_on_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, net.Loop)
+
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+        sent = b"x" * 3_000_000
+        writing = asyncio.create_task(_write(writer, sent))
+        assert await reader.readexactly(len(sent)) == sent
+        await writing
+        writer.close()
+        server.close()
+        child = await asyncio.create_subprocess_exec(
+            "cat", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
+        assert (await child.communicate(b"hello"))[0] == b"hello"
+        assert await asyncio.to_thread(lambda: 7) == 7
+        fired = loop.create_future()
+        loop.call_soon_threadsafe(loop.call_later, 0.01, fired.set_result, 1)
+        assert await asyncio.wait_for(fired, 5) == 1
+    run(test())
+
+
+async def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(data)
+    await writer.drain()
+
+
+def test_a_loop_with_only_direct_sockets_still_sees_its_timers() -> None:
+    async def test() -> None:
+        drips: list[Step] = [HEAD]
+        for _ in range(400):
+            drips += [token(), 0.002]
+        drips.append(HOLD)
+        async with (RawServer(lambda _: drips) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            flight = client.launch(shot())
+            began = now_ns()
+            await asyncio.sleep(0.2)
+            assert now_ns() - began < 5_000_000_000
+            flight.cancel()
+            assert flight.landed.result().outcome is Outcome.CANCELLED
+    run(test())
+
+
+# -------------------------------------------------------------------------------------- stamps
+
+
+def test_stamps_are_the_kernels_and_do_not_feel_a_loop_that_stands_still() -> None:
+    """The server's two tokens are 100 ms apart; this process sleeps over both."""
+    async def test() -> None:
+        go = asyncio.Event()
+        async with RawServer(lambda _: [HEAD, go, token(), finish() + usage(1) + DONE + LAST]
+                             ) as server, Client(Target(server.url, "m"), made()) as client:
+            await asyncio.sleep(0.2)  # the kernel begins to stamp
+            flight = client.launch(shot())
+            await server.until(lambda: server.inflight == 1)
+            go.set()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            slept = now_ns()
+            time.sleep(0.4)  # noqa: ASYNC251  (this is what is tested)
+            r = await client.landing(flight)
+            assert (r.outcome, r.stamp_kind) == (Outcome.OK, "kernel")
+            assert r.first_ns is not None
+            assert r.first_ns < slept + 300_000_000
+    run(test())
+
+
+def test_on_another_loop_and_without_kernel_stamps_the_kind_is_said(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "ask_for_stamps", lambda _: False)
+
+    async def test() -> None:
+        async with (RawServer(lambda _: good()) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            r = await client.send(shot())
+            assert (r.outcome, r.stamp_kind) == (Outcome.OK, "user")
+            assert r.sent_ns is not None
+            assert r.first_ns is not None
+            assert r.sent_ns <= r.first_ns <= r.end_ns
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_a_large_request_goes_out_whole() -> None:
+    async def test() -> None:
+        async with (RawServer(lambda _: good()) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            body = b'{"x": "' + b"y" * 4_000_000 + b'"}'
+            r = await client.send(shot(body=body))
+            assert r.outcome is Outcome.OK
+            assert server.requests[0].body == body
+    run(test())
+
+
+# ------------------------------------------------------------------------------- TLS and proxies
+
+
+@pytest.fixture
+def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """A server's context, whose authority this process trusts."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    return context
+
+
+def test_https_streams_with_the_kernels_stamps_over_kept_connections(tls: Any) -> None:
+    script: Script = [HEAD + token("a"), 0.05, token("b"), 0.05, finish() + usage(2) + DONE + LAST]
+
+    async def test() -> None:
+        async with RawServer(lambda _: script, tls=tls) as server:
+            async with Client(Target(server.url, "m"), made()) as client:
+                await asyncio.sleep(0.2)  # the kernel begins to stamp
+                records = [await client.send(shot(k, body=b"x" * 300_000)) for k in range(3)]
+            assert [(r.outcome, r.stamp_kind, r.n_events) for r in records] == [
+                (Outcome.OK, "kernel", 2)] * 3
+            assert all(r.gaps_us[0] > 20_000 for r in records)
+            assert server.connections == 1
+            assert all(len(x.body) == 300_000 for x in server.requests)
+    run(test())
+
+
+def test_https_that_breaks_is_disconnected_and_a_stranger_is_not_trusted(
+        tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with RawServer(lambda _: [HEAD + token(), 0.05, RST], tls=tls) as server:
+            async with Client(Target(server.url, "m"), made()) as client:
+                r = await client.send(shot())
+                assert (r.outcome, r.n_events) == (Outcome.DISCONNECTED, 1)
+            monkeypatch.delenv("SSL_CERT_FILE")
+            async with Client(Target(server.url, "m"), made()) as client:
+                r = await client.send(shot())
+                assert r.outcome is Outcome.CONNECT_FAILED
+                assert "certificate" in (r.error or "").lower()
+    run(test())
+
+
+class Proxy:
+    """A small HTTP proxy: CONNECT, and requests with whole addresses, all to one port."""
+
+    def __init__(self, to: int, refuse: bool = False) -> None:
+        self._to, self._refuse = to, refuse
+        self.heads: list[str] = []
+
+    async def __aenter__(self) -> "Proxy":
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://user:p%40ss@127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.heads.append(head.decode())
+        if self._refuse:
+            writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+            writer.close()
+            return
+        up, down = await asyncio.open_connection("127.0.0.1", self._to)
+        if head.startswith(b"CONNECT"):
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            down.write(head)
+        with contextlib.suppress(OSError):
+            await asyncio.gather(_pipe(reader, down), _pipe(up, writer))
+
+
+async def _pipe(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    while data := await source.read(65536):
+        sink.write(data)
+        await sink.drain()
+    sink.close()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_requests_go_through_an_http_proxy(tls: Any, secure: bool) -> None:
+    async def test() -> None:
+        async with RawServer(lambda _: good(), tls=tls if secure else None) as server:
+            async with Proxy(server.port) as proxy, Client(
+                    Target(server.url, "m", proxy=proxy.url), made()) as client:
+                r = await client.send(shot(body=b"{}"))
+                assert r.outcome is Outcome.OK
+                assert server.requests[0].body == b"{}"
+                first = proxy.heads[0].split("\r\n")
+            assert first[0].startswith("CONNECT 127.0.0.1" if secure else f"POST {server.url}/v1/")
+            assert "Proxy-Authorization: Basic dXNlcjpwQHNz" in first
+    run(test())
+
+
+def test_a_run_goes_through_the_proxy_that_it_is_told_of_and_keeps_its_password(
+        tmp_path: Path) -> None:
+    async def test() -> None:
+        async with RawServer(lambda _: good(), get=[head("404 Not Found", content_length="0")]
+                             ) as server, Proxy(server.port) as proxy:
+            done = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "loadgen.cli", "run", "smoke", "--concurrency", "1",
+                "--num-prompts", "3", "--base-url", "http://far.invalid:8000", "--model", "m",
+                "--proxy", proxy.url, "--out", str(tmp_path / "run"), "--no-report",
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+            said, _ = await done.communicate()
+            assert done.returncode in (0, 1, 5), said
+            assert all("http://far.invalid:8000/" in x.split("\r\n")[0] for x in proxy.heads)
+        kept = "".join(p.read_text() for p in (tmp_path / "run").glob("*.json*"))
+        assert kept.count('"outcome":"OK"') == 3
+        assert "p%40ss" not in kept
+        assert "p@ss" not in kept
+    run(test())
+
+
+def test_a_proxy_that_refuses_is_connect_failed_in_its_words(tls: Any) -> None:
+    async def test() -> None:
+        async with (RawServer(lambda _: good(), tls=tls) as server,
+                    Proxy(server.port, refuse=True) as proxy,
+                    Client(Target(server.url, "m", proxy=proxy.url), made()) as client):
+            r = await client.send(shot())
+            assert r.outcome is Outcome.CONNECT_FAILED
+            assert "407" in (r.error or "")
+    run(test())
+
+
+def test_an_address_that_never_answers_ends_by_the_first_token_time() -> None:
+    async def test() -> None:
+        with socket.socket() as full:  # a backlog of none that is taken: connecting hangs
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            takers = [socket.socket() for _ in range(4)]
+            for taker in takers:
+                taker.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    taker.connect(full.getsockname())
+            url = f"http://127.0.0.1:{full.getsockname()[1]}"
+            async with Client(Target(url, "m"), made({"first_token": "500ms"})) as client:
+                r = await client.send(shot())
+            for taker in takers:
+                taker.close()
+            assert (r.outcome, r.sent_ns) == (Outcome.CONNECT_FAILED, None)
+    run(test())
