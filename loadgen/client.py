@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import SplitResult, urlsplit
 
-from loadgen import __version__, net, openai
-from loadgen.connection import Connection, connect, proxy_header
+from loadgen import __version__, net, openai, stamps
+from loadgen.connection import Connection
 from loadgen.deadline import LINGER_S, Deadline
+from loadgen.dial import connect, proxy_header
 from loadgen.net import now_ns
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
 from loadgen.scenario import Scenario
@@ -47,8 +48,8 @@ class Client:
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
         self.direct = net.direct_of(self.loop)
-        self.clock = net.Clock()
-        self._keeper = net.keep_stamping()
+        self.clock = stamps.Clock()
+        self._keeper = stamps.keeper()
         self._syncing = self.loop.create_task(self._sync())
         return self
 
@@ -62,7 +63,7 @@ class Client:
 
     async def _sync(self) -> None:
         while True:
-            await asyncio.sleep(net.SYNC_S)
+            await asyncio.sleep(stamps.SYNC_S)
             self.clock.sync()
 
     async def open_connections(self, n: int) -> None:
@@ -345,11 +346,11 @@ class Flight:
     # -------------------------------------------------------------------------------- the end
 
     def _fold(self) -> None:
-        stamps = self._client.clock.mono_ns(self.stamps)
+        when = self._client.clock.mono_ns(self.stamps)
         parts = self.parts[:]
         self.parts.clear()
         self.stamps.clear()
-        self.recorder.feed_reads(stamps, parts)
+        self.recorder.feed_reads(when, parts)
 
     def _land(self, failure: Outcome | None, error: str | None) -> None:
         """Ends it, once; its record follows."""
