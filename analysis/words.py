@@ -268,8 +268,8 @@ def _settle(run: Run, good: int, n: int) -> str:
     if more is None:
         return f"{bounds}; at this share no number of requests would show {percent(target)}."
     missing = f"{more - n} more requests" if more > n else "a few more requests"
-    return (f"{bounds}; {missing} at this share would show {percent(target)}: a longer run, or "
-            "more with --budget.")
+    longer = "a longer run" if run.is_run else "more with --budget"
+    return f"{bounds}; {missing} at this share would show {percent(target)}: {longer}."
 
 
 def _findings(findings: Sequence[Finding]) -> list[str]:
