@@ -212,6 +212,7 @@ class Flight:
         self._connecting: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._ended_ns: int | None = None
+        self._lingers = False
         self.parts: list[bytes] = []  # of the body, not parsed yet …
         self.stamps = bytearray()  # … and when each was received
         try:
@@ -222,8 +223,8 @@ class Flight:
     def start(self) -> None:
         """Sends it, and does everything else after that."""
         client = self._client
-        connection = client.take()
-        if connection is not None and not self._unfit:
+        connection = None if self._unfit else client.take()
+        if connection is not None:
             self._send(connection)
         self.recorder.inflight = client.enter(self)
         self._deadline = Deadline(self._limits, self.recorder.shot.abandon_after_s,
@@ -274,7 +275,7 @@ class Flight:
         if packed.lower() != b"identity":
             raise ValueError(f"the answer is packed ({packed.decode('latin-1')}), and was asked "
                              "for as it is")
-        [stamp_ns] = self._client.clock.mono_ns(stamp)
+        [stamp_ns] = self._client.clock.mono_ns(stamp, self.recorder.sent_ns or 0)
         self.recorder.response(
             stamp_ns, status, headers.get(b"content-type", b"").decode("latin-1"),
             b"retry-after" in headers)
@@ -339,14 +340,18 @@ class Flight:
             self._land(*self._deadline.passed(self.recorder))
 
     def _linger(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._client.loop.call_later(LINGER_S, self._due)
+        """Once: a server that says it again and again must not hold up the other limits."""
+        if self._timer is None or self._lingers:
+            return
+        self._lingers = True
+        when_s = min(self._timer.when(), self._client.loop.time() + LINGER_S)
+        self._timer.cancel()
+        self._timer = self._client.loop.call_at(when_s, self._due)
 
     # -------------------------------------------------------------------------------- the end
 
     def _fold(self) -> None:
-        when = self._client.clock.mono_ns(self.stamps)
+        when = self._client.clock.mono_ns(self.stamps, self.recorder.sent_ns or 0)
         parts = self.parts[:]
         self.parts.clear()
         self.stamps.clear()

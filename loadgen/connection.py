@@ -5,7 +5,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import httptools
 
@@ -61,6 +61,10 @@ class Connection:
         stamps.ask_for(sock)
         self._sink: Sink | None = None
         self._receive = sock.recvmsg
+        self._parser: Any = None
+        self._feed: Any = None
+        self.on_body: Any = None
+        self._n_parts = 0  # of the answer, once it is whole
         self._left = b""  # of a request that the socket did not take at once
         direct.read_directly(sock.fileno(), self._readable)
 
@@ -90,6 +94,7 @@ class Connection:
             self._sink = None
             self._direct.leave(self._sock.fileno())
             self._sock.close()
+            self._parser = self._feed = self.on_body = None  # a circle, and gc is off in a leg
 
     def _write(self, data: bytes) -> None:
         try:
@@ -123,7 +128,8 @@ class Connection:
             return
         sink = self._sink
         if sink is None or not data:
-            self._closed(sink)
+            if not self._is_chatter(data):
+                self._closed(sink)
             return
         self._stamp = stamp = ancillary[0][2] if ancillary else self._own_stamp()
         try:
@@ -139,6 +145,15 @@ class Connection:
             sink.more()
         if self._whole or self._spoiled is not None:
             self._after(sink)
+
+    def _is_chatter(self, data: bytes) -> bool:
+        """TLS talks of its own on an idle connection: tickets, after the handshake."""
+        if self._sink is not None or not data or self._tls is None:
+            return False
+        try:
+            return not self._tls.decrypt(data) and not self._tls.closed
+        except ssl.SSLError:
+            return False
 
     def _align(self, stamp: bytes) -> None:
         """A read brought several parts, or none."""
@@ -199,6 +214,8 @@ class Connection:
 
     def _finish(self, sink: Sink) -> None:
         self._sink = None
+        if self._surplus:
+            del self._parts[self._n_parts:], self._stamps[16 * self._n_parts:]
         if self._left or self._surplus or not (self._whole and self._keeps):
             self.close()
         self.idle_since_ns = now_ns()
@@ -227,3 +244,4 @@ class Connection:
         if self._in_body and not self._whole:  # 100 Continue is no answer
             self._whole = True
             self._keeps = self._parser.should_keep_alive()
+            self._n_parts = len(self._parts)

@@ -94,7 +94,10 @@ async def _open(host: str, port: int) -> socket.socket:
             raise
         else:
             return sock
-    raise last
+    try:
+        raise last
+    finally:
+        del last  # it holds this frame, and gc is off in a leg
 
 
 async def _tunnel(sock: socket.socket, url: SplitResult, proxy: SplitResult) -> None:

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from loadgen import metrics, openai, plan
@@ -138,8 +139,7 @@ class LegRun:
             due_ns = self.t0_ns + round((planned.due_s or 0.0) * 1e9)
             if not await self._wait_until(due_ns - ARM_NS, due_ns):
                 return
-            shot = self._shot(planned, 0, bodies[0], due_ns)
-            self.work.client.direct.ring()
+            shot = self._shot(planned, 0, bodies[0], due_ns, seq=-1)  # it has one when it starts
             self._armed += 1
             self._awaited += self._measures(due_ns)
             self.work.client.direct.alarm(due_ns, functools.partial(
@@ -155,6 +155,8 @@ class LegRun:
         if self.stopping.is_set():
             self._awaited -= self._measures(shot.due_ns)
             return
+        shot = msgspec.structs.replace(shot, seq=next(self.work.seq))
+        flight.recorder.shot = shot
         if self._aloft >= max_inflight:
             self._awaited -= self._measures(shot.due_ns)
             self._count(_not_sent(shot, Outcome.DROPPED, f"max_inflight of {max_inflight} reached"))
@@ -194,6 +196,8 @@ class LegRun:
                 pass
             finally:
                 del self._pending[me]
+        elif wait_s <= 0:
+            await asyncio.sleep(0)  # who is late must not keep sockets and commands waiting
         return not self.stopping.is_set()
 
     async def _send(self, shot: Shot) -> None:
@@ -206,9 +210,11 @@ class LegRun:
     def _measures(self, due_ns: int) -> bool:
         return due_ns >= self._from_ns and (self._to_ns is None or due_ns < self._to_ns)
 
-    def _shot(self, planned: plan.Session, turn: int, body: bytes, due_ns: int) -> Shot:
+    def _shot(self, planned: plan.Session, turn: int, body: bytes, due_ns: int,
+              seq: int | None = None) -> Shot:
         what = planned.turns[turn]
-        return Shot(leg=self.leg.id, shard=self.work.shard, seq=next(self.work.seq),
+        return Shot(leg=self.leg.id, shard=self.work.shard,
+                    seq=next(self.work.seq) if seq is None else seq,
                     session=planned.k, turn=turn, cls=planned.cls, due_ns=due_ns, body=body,
                     want_prompt_tok=what.prompt_tok, max_tokens=what.output_tok,
                     abandon_after_s=what.abandon_after_s)
@@ -226,12 +232,12 @@ class LegRun:
         self.work.journal.append(record)
         self.done += 1
         self.outcomes[record.outcome.value] += 1
-        self.work.client.direct.ring()  # a start may be due: that goes first
         good = not metrics.misses(record, self.work.slos[record.cls])
         self.done_good += good
         if self._measures(record.due_ns):
             self.sampled += 1
             self.good += good
+        self.work.client.direct.ring()  # a start may be due meanwhile
 
 
 def _not_sent(shot: Shot, outcome: Outcome, why: str | None) -> RequestRecord:

@@ -35,6 +35,7 @@ class Selector(selectors.BaseSelector):
         if self._timer is not None:
             self._epoll.register(self._timer, select.EPOLLIN | select.EPOLLET)
         self.stir = False  # asyncio has something to do
+        self._ringing = False
         self.failed: Callable[[Exception], None] | None = None
 
     # -------------------------------------------------------------------------------- for clients
@@ -64,12 +65,15 @@ class Selector(selectors.BaseSelector):
 
     def ring(self) -> None:
         """Calls every alarm whose instant has come; whoever works for long may do so in between."""
-        alarms = self._alarms
+        if self._ringing:  # an alarm's own doing: whoever rings calls the next ones, too
+            return
+        alarms, self._ringing = self._alarms, True
         while alarms and now_ns() >= alarms[0][0]:
             try:
                 alarms.popleft()[1]()
             except Exception as e:  # noqa: BLE001
                 self._say(e)
+        self._ringing = False
 
     # -------------------------------------------------------------------------------- for asyncio
 
@@ -110,14 +114,14 @@ class Selector(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Returns when asyncio has something to do; direct sockets alone do not end it."""
+        self.stir = False
         if self._alarms:
             self.ring()
-        self.stir = False
-        wait_s = self._patience(timeout)
+        wait_s = 0.0 if self.stir else self._patience(timeout)
         found: list[tuple[selectors.SelectorKey, int]] = []
         readers, poll, timer, alarms = (
             self._direct.get, self._epoll.poll, self._timer, self._alarms)
-        while not self.stir:
+        while True:
             for fd, mask in poll(wait_s, 1024):
                 reader = readers(fd)
                 if reader is not None:
@@ -134,7 +138,7 @@ class Selector(selectors.BaseSelector):
                     self.stir = True
                 elif (key := self._keys.get(fd)) is not None:
                     found.append((key, _events(mask) & key.events))
-            if found or wait_s >= 0:
+            if found or self.stir or wait_s >= 0:
                 break
         if alarms:
             self.ring()

@@ -135,7 +135,7 @@ def read(payload: bytes, first: bool) -> Event:
         return Event(done=True)
     try:
         chunk = _decode_chunk(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         shown = payload[:120].decode("utf-8", "replace")
         raise BadEvent(f"{e}: {shown!r}") from None
     if chunk.error is not None:
@@ -170,7 +170,7 @@ def error_body(body: bytes, status: int) -> ServerError:
     """The error that an HTTP body tells of; whatever it holds, something is said."""
     try:
         raw = _decode_any(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raw = body[:200].decode("utf-8", "replace").strip()
     if isinstance(raw, dict):
         raw = raw.get("error", raw.get("detail", raw.get("message", raw)))

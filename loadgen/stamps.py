@@ -5,6 +5,7 @@ when the bytes arrived, whatever this process was doing then. (Of bytes that are
 is the last segment's.) Where the kernel does not stamp, the wall clock right after the read does.
 """
 
+import bisect
 import socket
 import struct
 import sys
@@ -15,42 +16,61 @@ import numpy as np
 ANCILLARY = socket.CMSG_SPACE(16)  # what recvmsg needs for a stamp
 SYNC_S = 0.1
 _SO_TIMESTAMPNS = 35
-_SYNCS = 36_000  # that are kept: an hour's
-_BELIEVED_NS = 3_600_000_000_000
+_SYNCS = 16_000  # that are kept: longer than any request may take
+_STEP_NS = 2_000_000  # slewing does less between two syncs
 _pack = struct.Struct("qq").pack
+
+Walls = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 now_ns = time.monotonic_ns
 
 
 class Clock:
     """The kernel's stamps, wall-clock timespecs, as ns of the monotonic clock. The wall clock is
-    slewed and may step: its offset is taken anew every `SYNC_S`, and holds for what came since."""
+    slewed and may be set: its offset is taken anew every `SYNC_S` and holds for what came since."""
 
     def __init__(self) -> None:
-        offset_ns = _offset_ns()
-        self._walls, self._offsets = [time.time_ns()], [offset_ns]
+        self._walls, self._offsets = [time.time_ns()], [_offset_ns()]
+        self._old: list[tuple[int, int]] = []  # (offset, last known to hold) before it was set
 
     def sync(self) -> None:
+        offset_ns = _offset_ns()
+        if abs(offset_ns - self._offsets[-1]) > _STEP_NS:  # it was set: a history of its own begins
+            held_ns = self._walls[-1] - self._offsets[-1]
+            self._old = [(self._offsets[-1], held_ns), *self._old[:3]]
+            self._walls.clear()
+            self._offsets.clear()
         self._walls.append(time.time_ns())
-        self._offsets.append(_offset_ns())
+        self._offsets.append(offset_ns)
         if len(self._walls) > _SYNCS:
             del self._walls[: _SYNCS // 2], self._offsets[: _SYNCS // 2]
 
-    def mono_ns(self, timespecs: bytes | bytearray) -> list[int]:
-        """Each 16 bytes as they came from the kernel. No stamp is later than now, nor believed
-        if it is from long ago: then the clock was set meanwhile."""
+    def mono_ns(self, timespecs: bytes | bytearray, since_ns: int = 0) -> list[int]:
+        """Each 16 bytes as they came from the kernel, in the order they came. A stamp lies
+        between `since_ns` and now; one that does not is from another setting of the clock."""
         if not timespecs:
             return []
         pairs = np.frombuffer(bytes(timespecs), np.int64).reshape(-1, 2)
         wall = pairs[:, 0] * 1_000_000_000 + pairs[:, 1]
-        if len(self._walls) == 1 or wall[0] >= self._walls[-1]:
-            stamps = wall - self._offsets[-1]
-        else:
-            at = np.searchsorted(self._walls, wall, side="right") - 1
-            stamps = wall - np.take(self._offsets, np.maximum(at, 0))
-        now = now_ns()
-        stamps[(stamps > now) | (stamps < now - _BELIEVED_NS)] = now
-        return np.maximum.accumulate(stamps).tolist()  # type: ignore[no-any-return]
+        now, back = now_ns(), np.flatnonzero(np.diff(wall) < -_STEP_NS)
+        stamps = self._by_history(wall)
+        if len(back) or int(stamps.max()) > now or int(stamps.min()) < since_ns:
+            self.sync()  # it may have been set just now
+            stamps = self._by_history(wall)
+            before = np.arange(len(wall)) <= (back[-1] if len(back) else -1)
+            for offset_ns, held_ns in self._old:
+                old = (stamps < held_ns) | (stamps > now) | before
+                stamps = np.where(old, wall - offset_ns, stamps)
+                before = np.zeros_like(before)
+            stamps = np.clip(stamps, since_ns, now)
+        found: list[int] = np.minimum.accumulate(stamps[::-1])[::-1].tolist()
+        return found
+
+    def _by_history(self, wall: Walls) -> Walls:
+        first = max(0, bisect.bisect_right(self._walls, int(wall[0])) - 1)
+        at = np.searchsorted(self._walls[first:], wall, side="right") - 1
+        offsets = np.take(np.array(self._offsets[first:], np.int64), np.maximum(at, 0))
+        return np.asarray(wall - offsets, np.int64)
 
 
 def timespec(wall_ns: int) -> bytes:

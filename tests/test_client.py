@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loadgen import openai, scenario
+from loadgen import net, openai, scenario
 from loadgen.client import Client
 from loadgen.errors import LoadgenError
 from loadgen.net import now_ns
@@ -64,7 +64,8 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     async def limited() -> None:
         await asyncio.wait_for(test, 40)
 
-    asyncio.run(limited())
+    with asyncio.Runner(loop_factory=net.new_loop) as runner:
+        runner.run(limited())
 
 
 def answer(script: Script, timeouts: dict[str, str] | None = None,

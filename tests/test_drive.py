@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loadgen import metrics, plan, prompts, scenario
+from loadgen import metrics, net, plan, prompts, scenario
 from loadgen.client import Client
 from loadgen.drive import LegRun, Work
 from loadgen.errors import StoreError
@@ -70,7 +70,8 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     async def limited() -> None:
         await asyncio.wait_for(test, 40)
 
-    asyncio.run(limited())
+    with asyncio.Runner(loop_factory=net.new_loop) as runner:
+        runner.run(limited())
 
 
 def flown(tmp_path: Path, what: Leg, script: Callable[[int], Script],

@@ -3,6 +3,8 @@ asyncio's own doings on it."""
 
 import asyncio
 import contextlib
+import functools
+import gc
 import socket
 import ssl
 import sys
@@ -16,6 +18,7 @@ import trustme
 
 from loadgen import net, stamps
 from loadgen.client import Client
+from loadgen.connection import Connection
 from loadgen.net import now_ns
 from loadgen.record import Outcome
 from loadgen.target import Target
@@ -28,6 +31,7 @@ from tests.raw_server import (
     RawServer,
     Script,
     Step,
+    chunk,
     finish,
     good,
     head,
@@ -65,18 +69,26 @@ def test_no_stamp_is_in_the_future_nor_before_the_one_before() -> None:
     assert found[-1] <= now_ns()
 
 
-def test_a_stamp_has_the_offset_of_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wall clock is set 50 ms back between two reads: neither stamp moves."""
+@pytest.mark.parametrize("step_s", [-10, -0.5, 0.05, 10])
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_stamp_has_the_offset_of_its_own_time(monkeypatch: pytest.MonkeyPatch, step_s: float,
+                                                synced: bool) -> None:
+    """The wall clock is set between two reads: neither stamp moves."""
     clock = stamps.Clock()
+    for _ in range(50):
+        clock.sync()
     first_wall, first = time.time_ns(), now_ns()
-    real = time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: real() - 50_000_000)
-    time.sleep(0.12)
+    time.sleep(0.01)
     clock.sync()
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() + round(step_s * 1e9))
+    time.sleep(0.1)
+    if synced:
+        clock.sync()
     second_wall, second = time.time_ns(), now_ns()
-    found = clock.mono_ns(stamps.timespec(first_wall) + stamps.timespec(second_wall))
+    found = clock.mono_ns(stamps.timespec(first_wall) + stamps.timespec(second_wall), first - 1000)
     assert abs(found[0] - first) < 20_000_000
-    assert abs(found[1] - second) < 20_000_000
+    assert abs(found[1] - second) < (20_000_000 if synced or abs(step_s) > 1 else 120_000_000)
 
 
 # --------------------------------------------------------------------------------------- alarms
@@ -95,6 +107,37 @@ def test_alarms_ring_in_order_and_never_early() -> None:
         assert len(rung) == 200
         assert [due for due, _ in rung] == sorted(due for due, _ in rung)
         assert all(at >= due for due, at in rung)
+    run(test())
+
+
+def test_a_thousand_alarms_at_once_that_ring_themselves_all_ring() -> None:
+    async def test() -> None:
+        direct = net.direct_of(asyncio.get_running_loop())
+        rung: list[int] = []
+
+        def ring(k: int) -> None:
+            rung.append(k)
+            direct.ring()
+
+        due = now_ns() + 10_000_000
+        for k in range(2000):
+            direct.alarm(due, functools.partial(ring, k))
+        await asyncio.sleep(0.3)
+        assert rung == list(range(2000))
+    run(test())
+
+
+def test_what_an_alarm_asks_of_the_loop_is_done_at_once() -> None:
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        direct = net.direct_of(loop)
+        done: list[int] = []
+        due = now_ns() + 1_000_000
+        direct.alarm(due, lambda: loop.call_soon(lambda: done.append(now_ns())))  # type: ignore[arg-type]
+        while now_ns() < due + 1_000_000:  # it is due before the loop comes to wait
+            pass
+        await asyncio.sleep(1.5)
+        assert done[0] - due < 1_000_000_000
     run(test())
 
 
@@ -250,6 +293,19 @@ def test_https_streams_with_the_kernels_stamps_over_kept_connections(tls: Any) -
     run(test())
 
 
+def test_connections_opened_ahead_are_kept_over_https_too(tls: Any) -> None:
+    async def test() -> None:
+        async with (RawServer(lambda _: good(), tls=tls) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            await client.open_connections(8)
+            await asyncio.sleep(0.3)  # the server's tickets come
+            records = await asyncio.gather(*(client.send(shot(k)) for k in range(8)))
+            assert {r.outcome for r in records} == {Outcome.OK}
+            assert {r.connect_wait_ns for r in records} == {None}
+            assert server.connections == 8
+    run(test())
+
+
 def test_https_that_breaks_is_disconnected_and_a_stranger_is_not_trusted(
         tls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
@@ -365,4 +421,64 @@ def test_an_address_that_never_answers_ends_by_the_first_token_time() -> None:
             for taker in takers:
                 taker.close()
             assert (r.outcome, r.sent_ns) == (Outcome.CONNECT_FAILED, None)
+    run(test())
+
+
+# --------------------------------------------------------------------- what may never be left over
+
+
+def test_closed_connections_leave_nothing_behind_while_the_collector_is_off() -> None:
+    async def test() -> None:
+        async with (RawServer(lambda _: [HEAD + token() + finish() + usage(1) + DONE + LAST, RST])
+                    as server, Client(Target(server.url, "m"), made()) as client):
+            gc.collect()
+            gc.disable()
+            try:
+                for k in range(30):
+                    await client.send(shot(k))
+                left = sum(isinstance(x, Connection) for x in gc.get_objects())
+            finally:
+                gc.enable()
+            assert left <= 2
+    run(test())
+
+
+def test_a_second_answer_in_the_same_read_is_no_part_of_the_first() -> None:
+    whole = HEAD + token() * 3 + finish() + usage(3) + DONE + LAST
+
+    async def test() -> None:
+        async with (RawServer(lambda _: [whole + whole]) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            records = [await client.send(shot(k)) for k in range(2)]
+            assert [(r.outcome, r.n_events) for r in records] == [(Outcome.OK, 3)] * 2
+            assert server.connections == 2
+    run(test())
+
+
+@pytest.mark.parametrize("script", [
+    [HEAD + chunk(b"data: " + b"[" * 5000 + b"\n\n") + DONE + LAST],
+    [HEAD + chunk(b'data: {"error":' + b"[" * 5000 + b"\n\n") + DONE + LAST],
+    [head("500 Internal Server Error", content_type="application/json", content_length="60000")
+     + b"[" * 60000]])
+def test_json_that_is_nested_without_end_ends_in_a_record(script: list[Step]) -> None:
+    async def test() -> None:
+        async with (RawServer(lambda _: script) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            r = await client.send(shot())
+            assert r.outcome in (Outcome.BAD_STREAM, Outcome.HTTP_ERROR)
+    run(test())
+
+
+def test_done_again_and_again_does_not_hold_up_the_total() -> None:
+    drips: list[Step] = [HEAD]
+    for _ in range(60):
+        drips += [DONE, 0.1]
+
+    async def test() -> None:
+        async with (RawServer(lambda _: drips) as server,
+                    Client(Target(server.url, "m"), made({"total": "1s"})) as client):
+            began = now_ns()
+            r = await client.send(shot())
+            assert r.outcome is Outcome.TIMEOUT_TOTAL
+            assert now_ns() - began < 4_000_000_000
     run(test())
