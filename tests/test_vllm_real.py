@@ -106,7 +106,8 @@ def assert_records_are_what_was_asked_for(folder: Path, cut: bool = False) -> No
         assert r.tok_source == "usage"
         assert r.output_tok == r.max_tokens == 12
         assert r.prompt_tok is not None
-        assert 0.6 * 48 <= r.prompt_tok <= 1.5 * 48
+        # title and instruction are never cut, and to this tokenizer a character is a token or more
+        assert 0.6 * 48 <= r.prompt_tok <= 2 * 48
         assert r.sent_ns is not None
         assert r.first_ns is not None
         assert r.due_ns <= r.sent_ns <= r.first_ns <= r.end_ns
