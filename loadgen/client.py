@@ -8,7 +8,6 @@ deadline is due, or much has piled up.
 
 import asyncio
 import contextlib
-import errno
 import functools
 import ssl
 from collections import deque
@@ -19,16 +18,14 @@ from urllib.parse import SplitResult, urlsplit
 
 from loadgen import __version__, net, openai, stamps
 from loadgen.connection import Connection
-from loadgen.deadline import LINGER_S, Deadline
+from loadgen.deadline import LINGER_S, OUR_LIMITS, STALE_NS, Deadline
 from loadgen.dial import connect, proxy_header
 from loadgen.net import now_ns
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
 from loadgen.scenario import Scenario
 from loadgen.target import Target
 
-_OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 _KEEPALIVE_NS = 4_000_000_000  # uvicorn closes an idle connection after 5 s: be first
-_STALE_NS = 1_000_000_000
 _CONNECT_S = 5.0
 _SLICE_NS = 300_000
 
@@ -213,6 +210,7 @@ class Flight:
         self._connection: Connection | None = None
         self._ended_ns: int | None = None
         self._lingers = False
+        self._bug: Exception | None = None
         self.parts: list[bytes] = []  # of the body, not parsed yet …
         self.stamps = bytearray()  # … and when each was received
         try:
@@ -248,7 +246,7 @@ class Flight:
         try:
             connection = await self._client.connection()
         except OSError as e:
-            ours = e.errno in _OURS
+            ours = e.errno in OUR_LIMITS
             self._land(Outcome.DROPPED if ours else Outcome.CONNECT_FAILED, self._where(e))
             return
         except ValueError as e:
@@ -309,7 +307,7 @@ class Flight:
                 return
         what = "the server closed the connection" if error is None else (
             f"{type(error).__name__}: {error}")
-        ours = isinstance(error, OSError) and error.errno in _OURS
+        ours = isinstance(error, OSError) and error.errno in OUR_LIMITS
         self._land(Outcome.DROPPED if ours else Outcome.DISCONNECTED, what)
 
     def garbage(self, why: str) -> None:
@@ -318,7 +316,7 @@ class Flight:
 
     def _just_sent(self) -> bool:
         sent_ns = self.recorder.sent_ns
-        return sent_ns is None or now_ns() - sent_ns < _STALE_NS
+        return sent_ns is None or now_ns() - sent_ns < STALE_NS
 
     # ------------------------------------------------------------------------------- deadlines
 
@@ -355,7 +353,11 @@ class Flight:
         parts = self.parts[:]
         self.parts.clear()
         self.stamps.clear()
-        self.recorder.feed_reads(when, parts)
+        try:
+            self.recorder.feed_reads(when, parts)
+        except Exception as e:  # noqa: BLE001  (a bug of ours: the leg must fail, not wait for ever)
+            self._bug = e
+            self._land(None, None)
 
     def _land(self, failure: Outcome | None, error: str | None) -> None:
         """Ends it, once; its record follows."""
@@ -377,6 +379,9 @@ class Flight:
             return
         assert self._ended_ns is not None
         self._fold()
+        if self._bug is not None:
+            self.landed.set_exception(self._bug)
+            return
         record = self.recorder.end(self._ended_ns, self._failure, self._error)
         if record.error is not None:
             record.error = self._client.target.scrub(record.error)

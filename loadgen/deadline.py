@@ -1,9 +1,14 @@
-"""When a request is given up: first token, silence between events, the whole. Pure, so that every
-client has the same limits: socket timeouts never fire on a server that drips."""
+"""What both clients (ours, and Locust's users) agree on. When a request is given up: first token,
+silence between events, the whole; pure, as socket timeouts never fire on a server that drips. And
+which failures are the generator's own, or a connection's that the server had closed."""
+
+import errno
 
 from loadgen.record import Outcome, Recorder
 from loadgen.scenario import Timeouts
 
+OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
+STALE_NS = 1_000_000_000  # a kept connection that breaks this soon was closed while it was idle
 LINGER_S = 1.0  # from the stream's proper end to the end of the body
 
 

@@ -68,12 +68,14 @@ class Selector(selectors.BaseSelector):
         if self._ringing:  # an alarm's own doing: whoever rings calls the next ones, too
             return
         alarms, self._ringing = self._alarms, True
-        while alarms and now_ns() >= alarms[0][0]:
-            try:
-                alarms.popleft()[1]()
-            except Exception as e:  # noqa: BLE001
-                self._say(e)
-        self._ringing = False
+        try:
+            while alarms and now_ns() >= alarms[0][0]:
+                try:
+                    alarms.popleft()[1]()
+                except Exception as e:  # noqa: BLE001  (one alarm's bug must not silence the others)
+                    self._say(e)
+        finally:
+            self._ringing = False
 
     # -------------------------------------------------------------------------------- for asyncio
 

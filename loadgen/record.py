@@ -43,6 +43,11 @@ class Outcome(StrEnum):
     CANCELLED = "CANCELLED"  # by us: interrupt, or a leg that was cut
 
 
+TROUBLE = frozenset({  # after these the server may be dead, and its health is asked
+    Outcome.SERVER_ERROR_EVENT, Outcome.DISCONNECTED, Outcome.CONNECT_FAILED,
+    Outcome.HTTP_ERROR, Outcome.ABORTED})
+
+
 class RequestRecord(Struct, omit_defaults=True):
     """One request, as it is written into the journal. Stamps are ns of the shard's monotonic
     clock; absent is None.

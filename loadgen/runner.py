@@ -16,7 +16,7 @@ from loadgen.errors import ServerError, StoreError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
 from loadgen.ramp import SweepPlan
-from loadgen.record import Outcome, RequestRecord
+from loadgen.record import TROUBLE, RequestRecord
 from loadgen.scenario import Scenario
 from loadgen.store import Row, RunFolder
 from loadgen.supervise import Progress, Shards
@@ -30,8 +30,6 @@ from servers.base import Server
 
 QUICK_S = 60.0  # a server that may take longer to start is seen to be waited for
 SERVER_LOG = "server.log"  # in the run folder
-TROUBLE = frozenset({Outcome.SERVER_ERROR_EVENT, Outcome.DISCONNECTED, Outcome.CONNECT_FAILED,
-                     Outcome.HTTP_ERROR, Outcome.ABORTED})
 
 
 class Session(Struct, frozen=True):

@@ -20,7 +20,7 @@ from loadgen import net, stamps
 from loadgen.client import Client
 from loadgen.connection import Connection
 from loadgen.net import now_ns
-from loadgen.record import Outcome
+from loadgen.record import Outcome, Recorder
 from loadgen.target import Target
 from tests.raw_server import (
     DONE,
@@ -466,6 +466,22 @@ def test_json_that_is_nested_without_end_ends_in_a_record(script: list[Step]) ->
                     Client(Target(server.url, "m"), made()) as client):
             r = await client.send(shot())
             assert r.outcome in (Outcome.BAD_STREAM, Outcome.HTTP_ERROR)
+    run(test())
+
+
+def test_a_bug_of_ours_is_raised_and_does_not_wait_for_ever(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Recorder, "feed_reads", fails)
+
+    async def test() -> None:
+        async with (RawServer(lambda _: good()) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            with pytest.raises(RuntimeError, match="a bug"):
+                await client.send(shot())
+            assert client.inflight == 0
     run(test())
 
 

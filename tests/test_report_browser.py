@@ -1,7 +1,5 @@
 """The report as a browser shows it: drawn, within the page's width, without a network."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,9 @@ import pytest
 
 from analysis import summary
 from tests import synthetic
+from tests.browser import chromium, needs_browser, size
 
-NEEDED = "browser" in os.environ.get("LOADGEN_TESTS_NEED", "")
-pytestmark = pytest.mark.skipif(
-    not NEEDED and not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs a browser: apt-get install chromium chromium-driver")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +23,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-                 "--no-first-run", "--disable-background-networking",
-                 "--disable-component-update", "--disable-sync"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
-    driver.set_page_load_timeout(120)
-    yield driver
-    driver.quit()
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -48,8 +32,7 @@ def test_the_report_fits_its_window_and_draws_every_chart(browser: Any, report: 
                                                           width: int) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600})
+    size(browser, width)
     browser.get(report.as_uri())
     charts = "return [...document.querySelectorAll('figure > div')].map(c => {" \
              " const s = c.querySelector('svg, canvas');" \

@@ -81,7 +81,8 @@ def test_a_target_shows_no_header(show: Any) -> None:
 
 
 def test_rich_shows_no_header_either() -> None:
-    pretty = pytest.importorskip("rich.pretty")
+    from rich import pretty
+
     shown = pretty.pretty_repr(Target(BASE, "qwen", {"Authorization": f"Bearer {SECRET}"}))
     assert SECRET not in shown
 

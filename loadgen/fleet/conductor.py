@@ -73,8 +73,9 @@ class Conductor:
         except LoadgenError as e:
             self._lifecycle.failed = str(e)
             log.error("%s", e)  # noqa: TRY400  (the operator's affair: no traceback)
-        self._run.goes_on = False
-        self.wanted = None
+        finally:  # a bug of ours, too, must end the test
+            self._run.goes_on = False
+            self.wanted = None
 
     def _judged(self, leg: Leg, judgement: Judgement) -> None:
         log.info("%s", view.line(leg, judgement))
@@ -85,7 +86,7 @@ class Conductor:
         """Waits as gevent waits; nothing in it is asyncio's."""
         run = self._run
         users = leg.load.concurrency if isinstance(leg.load, Closed) else self._most
-        self.wanted = users, max(1.0, users / 1.0)
+        self.wanted = users, float(users)
         on = run.begin(leg, now_ns() + round((HEAD_START_S + leg.warmup_s) * 1e9))
         ending, note = self._watch(run, on)
         window = run.end(ending, note)

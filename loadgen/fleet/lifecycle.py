@@ -28,15 +28,13 @@ from loadgen.fleet.live import Live
 from loadgen.fleet.run import RUNS, FleetRun, OnLeg, Prepared
 from loadgen.leg import Ending, Leg
 from loadgen.pulse import PROBE_S
-from loadgen.record import Outcome
+from loadgen.record import TROUBLE
 from loadgen.scenario import Closed, Load, Open, PerSecond
 from loadgen.store import RunFolder
 from servers.base import Server
 
 USAGE, INVALID, DIED, INTERRUPTED = 2, 3, 4, 130
 HOLD_S = 120.0  # at most: an answer that takes longer is left out with all that were due after it
-TROUBLE = (Outcome.SERVER_ERROR_EVENT, Outcome.DISCONNECTED, Outcome.CONNECT_FAILED,
-           Outcome.HTTP_ERROR, Outcome.ABORTED)
 
 log = logging.getLogger("loadgen")
 now_ns = time.monotonic_ns

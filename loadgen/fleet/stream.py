@@ -3,7 +3,6 @@ requests and gevent. Bytes are taken as they come (`read1`): `iter_lines` of Fas
 for whole kilobytes and shows every TTFT as the end of the answer.
 """
 
-import errno
 import http.client
 import os
 import select
@@ -21,12 +20,10 @@ import urllib3.connection
 import urllib3.exceptions
 from locust.clients import HttpSession
 
-from loadgen.deadline import Deadline
+from loadgen.deadline import OUR_LIMITS, STALE_NS, Deadline
 from loadgen.record import Outcome, Recorder
 from loadgen.scenario import Timeouts
 
-_OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
-_STALE_NS = 1_000_000_000
 _READ = 2**18  # at most so many bytes at once; with a limit urllib3 also sees a body that is short
 _TURN_NS = 5_000_000  # whoever has always more to read lets the others have theirs after this time
 
@@ -172,7 +169,7 @@ def _was_stale(recorder: Recorder, error: Exception) -> bool:
                            | BrokenPipeError) for e in _chain(error))
     reused = recorder.connect_wait_ns is None and recorder.status is None
     return broke and reused and (
-        recorder.sent_ns is None or now_ns() - recorder.sent_ns < _STALE_NS)
+        recorder.sent_ns is None or now_ns() - recorder.sent_ns < STALE_NS)
 
 
 def _until(deadline: Deadline) -> gevent.Timeout:
@@ -183,7 +180,7 @@ def outcome_of(error: Exception) -> tuple[Outcome, str]:
     """What an exception of requests, urllib3 or the socket means for the request."""
     chain = list(_chain(error))
     root = chain[-1]
-    if any(isinstance(e, OSError) and e.errno in _OURS for e in chain):
+    if any(isinstance(e, OSError) and e.errno in OUR_LIMITS for e in chain):
         return Outcome.DROPPED, str(root)
     if any(isinstance(e, socket.gaierror) for e in chain) and _no_descriptor_left():
         return Outcome.DROPPED, f"no file descriptor left to look up a name with: {root}"
