@@ -12,7 +12,8 @@ _TEXT = re.compile(rb' ?"((?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*)"
 _LAST = 4  # finish, usage, [DONE], and one more
 _ODD = re.compile(rb'["\\\x00-\x1f]').search
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*\Z').match
-_ESCAPED = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*\Z').match
+_ESCAPED = re.compile(
+    rb'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+\Z').match
 
 
 class Template:
@@ -44,7 +45,10 @@ class Template:
 
     def _is_all(self, data: bytes, start: int, texts: list[bytes]) -> bool:
         """The events are nothing but the template with these texts: looked at all at once."""
-        if not texts or _ODD(b"".join(texts)):
+        if not texts:
+            return False
+        said = b" ".join(texts)  # apart: no escape may begin in one and end in the next
+        if _ODD(said) and not _ESCAPED(said):
             return False
         whole = b"%b%b%b\n\n" % (self._before, self._between.join(texts), self._after)
         return data.startswith(whole, start)
