@@ -4,6 +4,8 @@ import contextlib
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.benchmarks import truth
-from tests.benchmarks.truth_server import Server, key_of
+from servers.null import log as truth
+from servers.null.server import Server, key_of
 
 EVENT = re.compile(rb"([0-9a-f]+)\r\n(data: .*?\n\n)\r\n", re.DOTALL)
 
@@ -171,3 +173,33 @@ def test_a_host_stall_is_set_aside():
     assert found.gap is not None
     assert found.gap.max == 0
     assert 6 <= found.aside <= 8
+
+
+def test_whoever_asks_gets_the_log_so_far_and_the_next_one_begins_anew(tmp_path):
+    command = [sys.executable, "-m", "servers.null", "--itl-ms", "1", "--keep-log"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        port = int(process.stdout.readline().split()[1])
+        with socket.create_connection(("127.0.0.1", port)) as idle:
+            ask(idle, body(5, 1))
+            with socket.create_connection(("127.0.0.1", port)) as broken_off:
+                what = body(100_000, 2)
+                broken_off.sendall(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b"
+                                   % (len(what), what))
+                assert broken_off.recv(100)
+                for k, users in ((0, [1, 2]), (1, [3])):
+                    path = tmp_path / f"{k}.bin"
+                    if k:
+                        ask(idle, body(5, 3))
+                    process.stdin.write(f"{path}\n")
+                    process.stdin.flush()
+                    assert process.stdout.readline() == "SAVED\n"
+                    known = truth.load(path)
+                    assert list(known.requests[:, 0]) == users
+                    assert int(known.writes[:, 0].max()) == len(users) - 1
+                while broken_off.recv(65536):
+                    pass
+        process.stdin.close()
+        assert process.wait(10) == 0

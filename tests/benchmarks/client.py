@@ -18,8 +18,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from tests.benchmarks.harness import HERE, Mode, Run, Tool, measure
 
@@ -222,7 +224,7 @@ def main() -> None:
             "python": platform.python_version(), "took_s": round(time.monotonic() - began)}
     if args.json:
         args.json.write_text(json.dumps(
-            {"command": sys.argv, "host": host, "runs": [asdict(run) for run in runs]}, indent=1))
+            {"command": sys.argv, "host": host, "runs": msgspec.to_builtins(runs)}, indent=1))
     print(f"{table(runs)}\n\n{json.dumps(host)}")
 
 

@@ -1,4 +1,4 @@
-"""Runs one client against a fresh truth server and measures it: the server on core 0, the client's
+"""Runs one client against a fresh null server and measures it: the server on core 0, the client's
 whole process tree on core 1, CPU by wait4."""
 
 import contextlib
@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from servers.null import log as logs
+from servers.null.log import Accuracy, Seen, Truth
 from tests.benchmarks import truth
-from tests.benchmarks.truth import Accuracy, Arrivals, Seen, Truth
+from tests.benchmarks.truth import Arrivals
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -115,8 +117,8 @@ def on_core(core: int, niceness: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def server(mode: Mode, log: Path | None) -> Iterator[int]:
-    """A truth server for the mode; its port. The log is there when the context has ended."""
-    words = [sys.executable, "-m", "tests.benchmarks.truth_server",
+    """A null server for the mode; its port. The log is there when the context has ended."""
+    words = [sys.executable, "-m", "servers.null",
              "--ttft-ms", str(mode.ttft_ms), "--itl-ms", str(mode.itl_ms),
              "--coalesce", str(mode.coalesce), "--realtime", *(("--log", str(log)) if log else ())]
     with on_core(SERVER_CORE, 0):
@@ -153,7 +155,7 @@ def measure(tool: Tool, mode: Mode) -> Run:
         log, out = Path(folder) / "truth.bin", Path(folder) / "seen.bin"
         with server(mode, log) as port, busy(mode.busy):
             said = _run(tool, mode, port, Path(folder), out)
-        known = truth.load(log).of(mode.tokens)
+        known = logs.load(log).of(mode.tokens)
         seen = truth.load_seen(out) if out.exists() else []
     if not len(known.requests):
         raise RuntimeError(f"{tool.name}: no request arrived:\n{said.text[-2000:]}")
@@ -178,7 +180,7 @@ def _run_of(tool: Tool, mode: Mode, known: Truth, seen: list[Seen], said: "_Said
         server_late_p99_ms=(float(np.quantile(known.lateness_ms(), 0.99))
                             if mode.is_paced else 0.0),
         stalls=len(known.stalls),
-        accuracy=truth.accuracy(known, seen) if seen and paced else None,
+        accuracy=logs.accuracy(known, seen) if seen and paced else None,
         arrivals=truth.arrivals(known, seen, mode.rate_rps) if mode.rate_rps else None,
         outcomes=marks.get("outcomes", {}))
 

@@ -1,41 +1,32 @@
-"""A server that streams like vLLM and logs what it sent and when: the truth that clients are held
-against. Pure Python, one process, one core, no asyncio: nothing between the stamp and `send`.
+"""Streams like vLLM and logs what it sent and when: the truth that clients are held against. Pure
+Python, one process, one core, no asyncio: nothing between the stamp and `send`.
 
-    python -m tests.benchmarks.truth_server --ttft-ms 100 --itl-ms 20 --log truth.bin
-
-Prints `PORT n`, serves until SIGTERM or the end of its stdin, then writes the log. A request may
-carry `"user": "17"`: its key in the log; else the key is a hash of its body (see `key_of`).
-
-The log (`truth.load` reads it): MAGIC, the number of rows of each table, the rows; all int64,
+The log (`servers.null.log` reads it): MAGIC, the number of rows of each table, the rows; all int64,
 stamps ns of CLOCK_MONOTONIC.
 
     requests  key, arrival by the kernel, arrival by this process, tokens, sent whole (0: never)
     writes    request (its row), first event, events, due, before send(), after (-1: socket full)
     stalls    from, to: this process stood still, so its host did
 
+A request's key is its `"user"` if that is a number, else a hash of its body (see `key_of`).
 Events of a request of n tokens: 0 the role, 1 … n the tokens, n + 1 usage, n + 2 [DONE]; -1 is the
 head, written when the request has come. (As captured from vLLM 0.32: tests/data/vllm/16*.http.)
 """
 
-import argparse
-import contextlib
-import gc
 import hashlib
 import heapq
 import json
 import os
 import select
-import signal
 import socket
 import stat
 import struct
-import sys
 import time
 from array import array
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import answers
+from servers.null import answers
 
 MAGIC = b"truth-2\n"
 REQUEST, WRITE, STALL = 5, 6, 2  # columns
@@ -76,6 +67,7 @@ class Server:
         self.grid, self.coalesce, self.logs = grid and itl_ns > 0, coalesce, logs
         self.requests, self.writes, self.stalls = array("q"), array("q"), array("q")
         self.stopped = False
+        self._orders = -1  # a pipe
         self._streams: dict[int, Stream] = {}
         self._heap: list[tuple[int, int, Stream]] = []  # (due, running number, …)
         self._running = self._offset_ns = self._synced_ns = 0
@@ -87,9 +79,12 @@ class Server:
         self._epoll.register(self._listener.fileno(), select.EPOLLIN)
         self.port: int = self._listener.getsockname()[1]
 
-    def stop_at_end_of(self, fd: int) -> None:
-        """Ends when the pipe `fd` does; a file or a terminal has no such end."""
+    def listen_to(self, fd: int) -> None:
+        """Of a pipe: each line is the path of a file for the log so far, which is then forgotten;
+        says SAVED when it is there. At its end the server ends, too. (A file or a terminal has no
+        such end.)"""
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            self._orders = fd
             self._epoll.register(fd, select.EPOLLIN)
 
     def serve(self) -> None:
@@ -124,9 +119,12 @@ class Server:
                 self._writable(stream)
 
     def _other(self, fd: int) -> None:
-        if fd != self._listener.fileno():
-            self.stopped = not os.read(fd, 4096)
-            return
+        if fd == self._orders:
+            self._told(fd)
+        elif fd == self._listener.fileno():
+            self._accept()
+
+    def _accept(self) -> None:
         while True:
             try:
                 sock, _ = self._listener.accept()
@@ -295,6 +293,21 @@ class Server:
 
     # ------------------------------------------------------------------------------------ log
 
+    def _told(self, fd: int) -> None:
+        words = os.read(fd, 4096)  # a short line comes whole: writes to a pipe are not torn
+        self.stopped = not words
+        for line in words.decode().splitlines():
+            self.save(Path(line))
+            self._forget()
+            print("SAVED", flush=True)
+
+    def _forget(self) -> None:
+        """Empties the log. Answers under way have rows in it: they break off."""
+        for stream in [x for x in self._streams.values() if x.chunks is not None]:
+            self._close(stream)
+        for table in (self.requests, self.writes, self.stalls):
+            del table[:]
+
     def save(self, path: Path) -> None:
         tables = (self.requests, self.writes, self.stalls)
         with path.open("wb") as f:
@@ -308,38 +321,3 @@ class Server:
 def _content_length(head: bytes) -> int:
     _, found, rest = head.lower().partition(b"content-length:")
     return int(rest.split(b"\r\n", 1)[0]) if found else 0
-
-
-def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    options.add_argument("--ttft-ms", type=float, default=0.0)
-    options.add_argument("--itl-ms", type=float, default=0.0, help="0: as fast as it goes")
-    options.add_argument("--tokens", type=int, help="of each answer; default: its max_tokens")
-    options.add_argument("--own-phase", action="store_true", help="each stream has its own grid")
-    options.add_argument("--coalesce", type=int, default=1, help="token events per write")
-    options.add_argument("--port", type=int, default=0)
-    options.add_argument("--log", type=Path, help="written at the end")
-    options.add_argument("--realtime", action="store_true",
-                         help="nothing else may hold its core, where that is allowed")
-    args = options.parse_args()
-    server = Server(round(args.ttft_ms * 1e6), round(args.itl_ms * 1e6), args.tokens,
-                    not args.own_phase, args.coalesce, args.log is not None, args.port)
-    if args.realtime:  # niceness alone lets a neighbour finish its slice first: 4 ms late
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    server.stop_at_end_of(0)
-    print("PORT", server.port, flush=True)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        server.serve()
-    finally:
-        if args.log:
-            server.save(args.log)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the truth server answers: the bytes that vLLM 0.32 sends, chunk by chunk (captures:
+"""What the null server answers: the bytes that vLLM 0.32 sends, chunk by chunk (captures:
 tests/data/vllm/16*.http, 13*.http)."""
 
 import json
