@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 from analysis import frame
 from analysis.frame import Floats, Run
 from loadgen import metrics
+from loadgen.balance import stalls_inside
 from loadgen.judge import Judgement
 from loadgen.leg import Leg, Window
 from loadgen.record import Outcome
@@ -47,6 +48,7 @@ def _leg_row(run: Run, i: int) -> dict[str, object]:
         "running_mean": signs.running_mean, "waiting_mean": signs.waiting_mean,
         "kv_max_frac": signs.kv_max, "preemptions": signs.preemptions,
         "prefix_hit_frac": signs.prefix_hit_frac, **_gpu(run, leg, window),
+        **_generator(window, j),
         "measurement": j.measurement, "load": j.load, "reasons": "; ".join(j.reasons)}
 
 
@@ -125,6 +127,37 @@ def _gpu(run: Run, leg: Leg, window: Window) -> dict[str, object]:
     return {"gpu_memory_start_gib": used[0][1] if used else None,
             "gpu_memory_peak_gib": max((v for _, v in used), default=None),
             "gpu_util_frac": float(np.mean(busy)) if busy else None}
+
+
+def _generator(window: Window, j: Judgement) -> dict[str, object]:
+    """How the load generator was meanwhile; of several processes, the one that is worst off. What
+    the server counted stands as a ratio to what the records say."""
+    books, shards = j.balance, window.shards
+    enough = books.late_n >= metrics.min_n(0.99)
+    counted = (("requests", books.requests), ("prompt_tok", books.prompt_tok),
+               ("output_tok", books.output_tok))
+    full = sum(h.full_reads for h in shards)
+    stalls = stalls_inside(window)
+    return {
+        "late_p99_s": books.late_p99_s if enough else None, "late_max_s": books.late_max_s,
+        "lag_p99_s": window.lag_p99_s, "cpu_frac": window.cpu_frac,
+        "run_queue_frac": _most(h.run_queue_frac for h in shards),
+        "dropped": j.outcomes.get(Outcome.DROPPED.value, 0), "stalls": len(stalls),
+        "stall_s": sum(b - a for a, b in stalls) / 1e9,
+        "gc_pause_s": _most(h.gc_pause_s for h in shards), "fds": _most(h.fds for h in shards),
+        "fd_limit": min((h.fd_limit for h in shards if h.fd_limit), default=None),
+        "connect_p99_s": books.connect_p99_s if enough else None,
+        "connect_max_s": books.connect_max_s, "connect_frac": books.connect_frac,
+        "begun_frac": books.begun_frac, "inflight_mean": books.inflight_mean,
+        "slots_frac": books.slots_frac, "little_residual": books.little_residual,
+        "little_tolerance": books.little_tolerance,
+        "full_reads_frac": full / books.reads if books.reads else None,
+        "rcvbuf_bytes": min((h.rcvbuf_bytes for h in shards if h.rcvbuf_bytes), default=None),
+        **{f"server_{name}_ratio": tally.ratio if tally else None for name, tally in counted}}
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    return max((v for v in values if v is not None), default=None)
 
 
 # ------------------------------------------------------------------------------------- printing

@@ -17,6 +17,9 @@ VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
 FIRST = 11  # columns of steps.HEADS that fit a page together
 MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemptions", "prefix hits",
         "GPU GiB", "GPU busy")
+GENERATOR = ("leg", "sent late, p99", "loop lag, p99", "CPU", "waited for a core", "dropped",
+             "stood still", "GC", "descriptors", "connecting, p99", "load that was there",
+             "Little's law", "server counts: requests / prompt / output tokens")
 
 
 def of(run: Run, answer: Answer) -> Iterator[str]:
@@ -31,6 +34,13 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
     yield _table(("leg", *steps.HEADS[FIRST:], *MORE), (
         [own[0], *own[FIRST:], *_more(r)] for own, r in zip(cells, rows, strict=True)))
     yield _table(("leg", "why"), ([r["leg"], r["reasons"].ljust(41)] for r in rows))
+    yield "<h2>The generator</h2>"
+    yield ('<p class="muted">How the load generator itself was; of several processes, the one '
+           "that is worst off. ≤: the largest of too few for a p99. Load that was there: of an "
+           "open loop’s starts those made in the window, of a closed loop’s slots those that were "
+           "full. Little’s law: what it counted in flight against what its records add up to (± "
+           "what may be chance). Server counts: against the records; 1 is the same.</p>")
+    yield _table(GENERATOR, map(_generator, rows))
     if len(run.frame):
         yield "<h2>By class</h2>"
         yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
@@ -68,6 +78,25 @@ def _more(r: Mapping[Any, Any]) -> list[str]:
             number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
             percent(r["prefix_hit_frac"]), number(r["gpu_memory_peak_gib"], ".1f"),
             percent(r["gpu_util_frac"])]
+
+
+def _generator(r: Mapping[Any, Any]) -> list[str]:
+    there = r["slots_frac"] if pd.isna(r["begun_frac"]) else r["begun_frac"]
+    little = "–" if pd.isna(r["little_residual"]) else (
+        f"{100 * r['little_residual']:+.1f} % (± {100 * r['little_tolerance']:.1f} %)")
+    counts = [number(r[f"server_{x}_ratio"]) for x in ("requests", "prompt_tok", "output_tok")]
+    fds = "–" if pd.isna(r["fds"]) else f"{r['fds']:.0f} of {r['fd_limit']:.0f}"
+    return [str(r["leg"]), _tail(r, "late"), duration(r["lag_p99_s"]), percent(r["cpu_frac"]),
+            percent(r["run_queue_frac"]), number(r["dropped"], ".0f"),
+            duration(r["stall_s"]) if r["stalls"] else "0", duration(r["gc_pause_s"]), fds,
+            _tail(r, "connect"), percent(there), little,
+            "–" if set(counts) == {"–"} else " / ".join(counts)]
+
+
+def _tail(r: Mapping[Any, Any], name: str) -> str:
+    """The p99; of too few, the largest."""
+    p99, most = r[f"{name}_p99_s"], r[f"{name}_max_s"]
+    return duration(p99) if pd.isna(most) or pd.notna(p99) else f"≤ {duration(most)}"
 
 
 def _classes(run: Run) -> Iterator[list[str]]:

@@ -7,7 +7,9 @@ from typing import Literal
 
 from msgspec import Struct
 
-from loadgen import metrics, validity
+from loadgen import balance, metrics, validity
+from loadgen.balance import Balance, Counted
+from loadgen.headroom import Calibration
 from loadgen.leg import Leg, Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Scenario
@@ -34,6 +36,7 @@ class ServerSigns(Struct, frozen=True):
     late_step_frac: float | None = None  # the simulator's own lag
     blind: bool = False  # it told before, and not in this window
     died: str | None = None
+    counted: Counted = Counted()  # over the leg's whole life
 
 
 class Criteria(Struct, frozen=True):
@@ -44,6 +47,7 @@ class Criteria(Struct, frozen=True):
     target: float = 0.95
     confidence: float = 0.95
     refute: float = 0.995
+    calibration: Calibration | None = None  # of the generator; beyond it no measurement is sure
 
 
 class Judgement(Struct, frozen=True):
@@ -77,6 +81,7 @@ class Judgement(Struct, frozen=True):
     tpot_p50_s: float | None
     e2e_p50_s: float | None
     answer_s: float | None  # mean E2E of all complete answers, the warm-up's too: for pacing
+    balance: Balance = Balance()
 
     @property
     def attainment(self) -> float | None:
@@ -108,7 +113,9 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     sure = criteria.refute if leg.phase == "ladder" else criteria.confidence
     upper = metrics.upper_bound(good, n, sure)
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
-    findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind)
+    books = balance.of(leg, window, sample, records, signs.counted)
+    findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind,
+                              books)
     distress = _distress(signs, n)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()
@@ -134,7 +141,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         goodput_rps=sum(share for share, r in shares
                         if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
-        e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=_mean_answer_s(records))
+        e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=_mean_answer_s(records),
+        balance=books)
 
 
 def _mean_answer_s(records: Sequence[RequestRecord]) -> float | None:

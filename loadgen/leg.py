@@ -29,11 +29,30 @@ class Leg(Struct, frozen=True):
     cut_below: float | None = None  # leave the leg once its attainment is surely below this
 
 
+class Health(Struct, frozen=True, omit_defaults=True):
+    """How one generator process was over one leg. None: the kernel does not tell, or whoever ran
+    the leg does not know."""
+
+    shard: int
+    lag_p99_s: float | None = None  # how late its event loop came round to a probe
+    cpu_frac: float | None = None  # of one core
+    run_queue_frac: float | None = None  # of the time: ready to run, and no core was free
+    gc_pause_s: float = 0.0  # all pauses of Python's garbage collector …
+    gc_pause_max_s: float = 0.0  # … and the longest
+    fds: int | None = None  # descriptors that were open at once, as far as was looked
+    fd_limit: int | None = None
+    full_reads: int = 0  # reads that filled the whole read buffer: more was waiting
+    rcvbuf_bytes: int | None = None  # smallest receive buffer of its connections
+    inflight_s: float | None = None  # its count of what is in flight, integrated over the window
+
+
 class Window(Struct, frozen=True):
     """What was run: requests with from_ns ≤ due_ns < to_ns are the sample; all of them were
     awaited until end_ns. Of a leg that was cut, what was in flight counts as missed.
     `stalls`: intervals in which the generator's host stood still; requests that lived through
-    one are void (no fault of the server's)."""
+    one are void (no fault of the server's). `alone`: from t0_ns to end_ns nothing but this leg was
+    in flight, and its slots never rested by plan; so the server's counters can be held against
+    its records, and its slots against its requests."""
 
     leg: str
     t0_ns: int
@@ -46,6 +65,8 @@ class Window(Struct, frozen=True):
     cpu_frac: float | None = None  # CPU of the busiest shard, of one core
     records: int | None = None  # that the shards wrote; fewer in the journals are lost ones
     note: str | None = None
+    shards: list[Health] = []
+    alone: bool = False
 
     def is_void(self, due_ns: int, end_ns: int) -> bool:
         return any(due_ns < b and end_ns > a for a, b in self.stalls)

@@ -1,13 +1,25 @@
 """The generator's own health: how late its loop comes round to anything, whether its host stood
-still, and the CPU it takes. Whoever has the loop beats; nothing here waits."""
+still, the CPU it takes and the CPU it waits for, the collector's pauses, its descriptors. Whoever
+has the loop beats; nothing here waits."""
 
+import contextlib
+import gc
+import os
+import resource
 import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from loadgen import metrics
+from loadgen.leg import Health
 
 PROBE_S = 0.02  # how often a loop should beat
 STALL_S = 0.25  # a beat this late did not merely wait its turn: the host or process stood still
 _KEEP = 20_000  # lags that are looked at: the last ~7 minutes
+_SCHEDSTAT = Path("/proc/self/schedstat")  # of the main thread, whose loop it is
 
 
 class Pulse:
@@ -17,16 +29,46 @@ class Pulse:
         self.stalls: list[tuple[int, int]] = []
         self._t0_ns = t0_ns
         self._lags: list[float] = []
-        self._cpu_from: tuple[int, float] | None = None  # (ns, CPU s) when the leg's clock began
+        self._from: tuple[int, float, int | None] | None = None  # (ns, CPU s, waited ns) at t0
+        self._beats_ns, self._inflight = array("q"), array("q")
+        self._pauses_ns: list[int] = []
+        self._pause_from_ns = 0
+        self._fds: int | None = None
 
-    def beat(self, slept_ns: int, now_ns: int) -> None:
-        """The loop went to sleep for PROBE_S at `slept_ns` and woke up now."""
-        if now_ns >= self._t0_ns and self._cpu_from is None:
-            self._cpu_from = (now_ns, time.process_time())
+    def begin(self) -> None:
+        """Counts the collector's pauses from here on, until `end`."""
+        gc.callbacks.append(self._collects)
+
+    def end(self) -> None:
+        with contextlib.suppress(ValueError):
+            gc.callbacks.remove(self._collects)
+
+    def beat(self, slept_ns: int, now_ns: int, inflight: int | None = None) -> None:
+        """The loop went to sleep for PROBE_S at `slept_ns` and woke up now, with so many requests
+        in flight (None: nobody counts them)."""
+        if now_ns >= self._t0_ns and self._from is None:
+            self._from = (now_ns, time.process_time(), waited_ns())
         late_s = (now_ns - slept_ns) / 1e9 - PROBE_S
         self._lags.append(late_s)
+        if inflight is not None:
+            self._beats_ns.append(now_ns)
+            self._inflight.append(inflight)
         if late_s > STALL_S:
             self.stalls.append((slept_ns, now_ns))
+
+    def look(self) -> None:
+        """At what changes slowly; to be called now and then."""
+        self._fds = max(self._fds or 0, open_fds())
+
+    def health(self, shard: int, now_ns: int, from_ns: int, to_ns: int) -> Health:
+        """Of the leg so far, whose window is from_ns … to_ns."""
+        self.look()
+        return Health(
+            shard=shard, lag_p99_s=self.lag_p99_s(), cpu_frac=self.cpu_frac(now_ns),
+            run_queue_frac=self._run_queue_frac(now_ns), gc_pause_s=sum(self._pauses_ns) / 1e9,
+            gc_pause_max_s=max(self._pauses_ns, default=0) / 1e9, fds=self._fds,
+            fd_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            inflight_s=self._inflight_s(from_ns, to_ns))
 
     def lag_p99_s(self) -> float:
         lag = metrics.quantile(self._lags[-_KEEP:], 0.99)
@@ -35,7 +77,50 @@ class Pulse:
     def cpu_frac(self, now_ns: int) -> float | None:
         """Of one core, since the leg's clock began; None for less than a second: that would be
         the start-up's."""
-        if self._cpu_from is None or now_ns - self._cpu_from[0] < 1_000_000_000:
+        if self._from is None or now_ns - self._from[0] < 1_000_000_000:
             return None
-        since_ns, cpu_s = self._cpu_from
+        since_ns, cpu_s, _ = self._from
         return (time.process_time() - cpu_s) / ((now_ns - since_ns) / 1e9)
+
+    def _run_queue_frac(self, now_ns: int) -> float | None:
+        """Likewise."""
+        waited = waited_ns()
+        if self._from is None or now_ns - self._from[0] < 1_000_000_000:
+            return None
+        since_ns, _, before = self._from
+        return None if waited is None or before is None else (waited - before) / (now_ns - since_ns)
+
+    def _inflight_s(self, from_ns: int, to_ns: int) -> float | None:
+        """Requests in flight, integrated: straight lines between beats, the last one held on."""
+        at, many = np.frombuffer(self._beats_ns, np.int64), np.frombuffer(self._inflight, np.int64)
+        if not len(at) or to_ns <= from_ns:
+            return None
+        inside = at[(at > from_ns) & (at < to_ns)]
+        points = np.concatenate([[from_ns], inside, [to_ns]]) - from_ns
+        values = np.interp(points, at - from_ns, many)
+        return float(((values[1:] + values[:-1]) / 2 * np.diff(points)).sum()) / 1e9
+
+    def _collects(self, phase: str, info: dict[str, Any]) -> None:
+        if phase == "start":
+            self._pause_from_ns = time.monotonic_ns()
+        elif self._pause_from_ns:
+            self._pauses_ns.append(time.monotonic_ns() - self._pause_from_ns)
+
+
+def waited_ns() -> int | None:
+    """How long this process has been ready to run while it had no core, so far."""
+    try:
+        return int(_SCHEDSTAT.read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def open_fds() -> int:
+    """The lowest number that is free: all below are taken, and it is this one that meets the
+    limit. (Listing /proc/self/fd would cost ms of a loop with ten thousand connections.)"""
+    try:
+        free = os.open(os.devnull, os.O_RDONLY)
+    except OSError:  # the limit is reached
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    os.close(free)
+    return free

@@ -18,7 +18,7 @@ from loadgen.leg import Leg, Window
 from loadgen.ramp import SweepPlan
 from loadgen.record import TROUBLE, RequestRecord
 from loadgen.scenario import Scenario
-from loadgen.store import Row, RunFolder
+from loadgen.store import Journal, Row, RunFolder
 from loadgen.supervise import Progress, Shards
 from loadgen.sweep import SweepResult, run_one, sweep
 from loadgen.target import Target
@@ -121,6 +121,7 @@ class _Executor:
         self._shards, self._view = shards, view
         self._offsets: dict[Path, int] = {}
         self._rows: list[Row] = []
+        self._telemetry: Journal | None = None
         self._troubles = 0
         self._spoiled: str | None = None
         self._restarting: asyncio.Task[Any] | None = None
@@ -131,17 +132,31 @@ class _Executor:
         nobody saw must not be called safe."""
         facts = self._session.server.facts()
         try:
-            journal = self._folder.telemetry("server")
-            await watch.watch(self._target, journal, self._rows, bool(facts.get("simulated")))
+            if self._telemetry is None:
+                self._telemetry = self._folder.telemetry("server")
+            await watch.watch(self._target, self._telemetry, self._rows,
+                              bool(facts.get("simulated")))
         except StoreError as e:
             self._spoiled = str(e)
 
     async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
         del self._rows[:-200]  # the last samples before the window are needed for differences
         self._troubles, self._progress = 0, None
+        await self._sample()
         window = await self._shards.run(leg, self._died, self._show, lambda: self._spoiled)
+        await self._sample()
         records = [r for r in self._folder.records(self._offsets) if r.leg == leg.id]
         return window, records, signs_of(window, series(self._rows, "server"))
+
+    async def _sample(self) -> None:
+        """The server's counters while nothing of ours is in flight: what they grow by over a leg
+        is the leg's."""
+        try:
+            if self._telemetry is None:
+                self._telemetry = self._folder.telemetry("server")
+            await watch.once(self._target, self._telemetry, self._rows)
+        except StoreError as e:
+            self._spoiled = str(e)
 
     async def restart(self, why: str) -> None:
         self._view.say(f"restarting the server: {why}")

@@ -27,7 +27,7 @@ from loadgen import scenario
 from loadgen.client import Client
 from loadgen.drive import LegRun, Work
 from loadgen.errors import GeneratorError, StoreError
-from loadgen.leg import Leg
+from loadgen.leg import Health, Leg
 from loadgen.net import new_loop, now_ns
 from loadgen.prompts import Ratio
 from loadgen.pulse import PROBE_S, Pulse
@@ -75,8 +75,7 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     good: int = 0  # … and the good ones among them
     outcomes: dict[str, int] = {}
     stalls: list[tuple[int, int]] = []
-    lag_p99_s: float = 0.0
-    cpu_frac: float | None = None  # of one core, since the leg's clock began
+    health: Health | None = None  # with `ended` only
     stopped_ns: int | None = None
     failed: str | None = None
 
@@ -93,11 +92,11 @@ class Shard:
             client, journal, setup.shard, setup.of, itertools.count())
         self.running: LegRun | None = None
         self.leased_ns = now_ns()
-        self._pulse = Pulse(0)
 
     def begin(self, leg: Leg, t0_ns: int) -> LegRun:
         """From here on `running` takes stop and cancel."""
         self._pulse = Pulse(t0_ns)
+        self._full_reads = self._full_reads_so_far()
         self.running = LegRun(self.work, leg, t0_ns)
         return self.running
 
@@ -105,11 +104,13 @@ class Shard:
         gc.collect()
         gc.freeze()
         gc.disable()  # a pause of the collector would be in the stamps
+        self._pulse.begin()
         reporter = asyncio.create_task(self._report(run))
         try:
             await run.run()
         finally:
             reporter.cancel()
+            self._pulse.end()
             gc.enable()
             gc.unfreeze()
         self.running = None
@@ -122,13 +123,14 @@ class Shard:
             before = now_ns()
             await asyncio.sleep(PROBE_S)
             now = now_ns()
-            self._pulse.beat(before, now)
+            self._pulse.beat(before, now, self.work.client.inflight)
             expired = expired + 1 if (now - self.leased_ns) / 1e9 > LEASE_S else 0
             if expired > 1 / PROBE_S:  # not right after a stall, that the parent had as well
                 run.error = GeneratorError("no lease from the parent: it is stopped or gone")
                 run.cancel()
             if now >= next_frame or run.complete:
                 next_frame = now + round(FRAME_S * 1e9)
+                self._pulse.look()
                 _tell(self._frame("progress", run))
 
     def _frame(self, kind: Literal["progress", "ended"], run: LegRun) -> Frame:
@@ -137,10 +139,24 @@ class Shard:
                      done=run.done, done_good=run.done_good, complete=run.complete,
                      sampled=run.sampled, good=run.good,
                      outcomes=dict(run.outcomes), stalls=pulse.stalls,
-                     lag_p99_s=pulse.lag_p99_s() if ended else 0.0,
-                     cpu_frac=pulse.cpu_frac(now_ns()),
+                     health=self._health(run) if ended else None,
                      stopped_ns=run.stopped_ns,
                      failed=_says(run.error))
+
+    def _health(self, run: LegRun) -> Health:
+        leg, now, client = run.leg, now_ns(), self.work.client
+        from_ns = run.t0_ns + round(leg.warmup_s * 1e9)
+        to_ns = min(now, now if run.stopped_ns is None else run.stopped_ns)
+        if leg.measure_s is not None and leg.num_sessions is None:
+            to_ns = min(to_ns, from_ns + round(leg.measure_s * 1e9))
+        return msgspec.structs.replace(
+            self._pulse.health(self.work.shard, now, from_ns, to_ns),
+            full_reads=self._full_reads_so_far() - self._full_reads,
+            rcvbuf_bytes=getattr(client, "rcvbuf_bytes", None))
+
+    def _full_reads_so_far(self) -> int:
+        found: int = getattr(self.work.client, "full_reads", 0)
+        return found
 
 
 def _says(error: BaseException | None) -> str | None:

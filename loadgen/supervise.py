@@ -242,12 +242,13 @@ class Shards:
         if leg.measure_s is not None and leg.num_sessions is None:
             to_ns = from_ns + round(leg.measure_s * 1e9)
         to_ns = max(from_ns, min([to_ns, end_ns, *stops]))
-        cpu = [f.cpu_frac for f in frames if f.cpu_frac is not None]
+        shards = [f.health for f in frames if f.health is not None]
         return Window(
             leg=leg.id, t0_ns=t0_ns, from_ns=from_ns, to_ns=to_ns, end_ns=end_ns, ending=ending,
             stalls=sorted(x for f in frames for x in f.stalls),
-            lag_p99_s=max(f.lag_p99_s for f in frames), cpu_frac=max(cpu, default=None),
-            records=sum(f.done for f in frames), note=note)
+            lag_p99_s=max((h.lag_p99_s for h in shards if h.lag_p99_s is not None), default=None),
+            cpu_frac=max((h.cpu_frac for h in shards if h.cpu_frac is not None), default=None),
+            records=sum(f.done for f in frames), note=note, shards=shards, alone=True)
 
 
 def is_lost(leg: Leg, done: int, good: int, elapsed_s: float) -> bool:

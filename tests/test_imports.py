@@ -25,13 +25,14 @@ ALLOWED = {
     "openai": "scenario",
     "record": "bulk openai sse",
     "metrics": "record scenario",
-    "validity": "leg metrics record scenario",
-    "judge": "leg metrics record scenario validity",
+    "balance": "leg metrics record scenario",
+    "validity": "balance leg metrics record scenario",
+    "judge": "balance headroom leg metrics record scenario validity",
     "ramp": "judge leg metrics scenario",
     "sweep": "errors judge leg ramp record scenario",
-    "store": "errors leg record scenario",
+    "store": "errors headroom leg record scenario",
     "deadline": "record scenario",
-    "pulse": "metrics",
+    "pulse": "leg metrics",
     "net": "", "stamps": "", "dial": "",
     "connection": "dial net stamps",
     "client": "connection deadline dial net openai record scenario stamps target",
@@ -39,30 +40,35 @@ ALLOWED = {
     "shard": "client drive errors leg net prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.server": "store target",
-    "telemetry.signs": "judge leg store",
+    "telemetry.signs": "balance judge leg store",
     "calibrate": "client errors net openai plan prompts record scenario target",
     "attend": "calibrate errors net prompts scenario shard store target telemetry.server",
-    "doctor": "metrics",
+    "headroom": "record",
+    "rungs": "headroom validity",
+    "calibration": "errors headroom",
+    "selftest": "calibration errors headroom leg metrics openai plan prompts record rungs "
+                "scenario store supervise",
+    "doctor": "calibration headroom metrics rungs selftest",
     "view": "judge leg supervise",
     "facts": "judge prompts scenario store target",
     "runner": "calibrate errors facts judge leg ramp record scenario store supervise sweep "
               "target telemetry.server telemetry.signs view",
     "campaign": "errors scenario store target",
     "options": "errors scenario target",
-    "cli": "options campaign doctor errors judge leg ramp runner scenario target view",
+    "cli": "options calibration campaign doctor errors judge leg ramp runner scenario target view",
     "datasets": "errors plan record scenario",
     "validate": "errors record scenario store",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
-ANALYSIS_MAY = {"record", "store", "metrics", "judge", "validity", "leg", "ramp", "scenario",
-                "telemetry.signs", "errors"}
+ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
+                "scenario", "telemetry.signs", "errors", "headroom"}
 SERVERS_MAY = {"errors", "target"}
-COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.fleet.prepare",
-             "loadgen.fleet.lifecycle"}  # only they know the other houses
+COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
+             "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
-PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "validity",
-        "judge", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario", "target",
-        "telemetry.signs"}
+PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
+        "validity", "judge", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario",
+        "target", "telemetry.signs", "headroom", "rungs"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

@@ -87,6 +87,30 @@ def test_counters_are_differenced_over_the_window(points: Any, grew: Any) -> Non
     assert signs(rows("preemptions", points)).preemptions == grew
 
 
+# from 0 s (t0) to 25 s (end)
+LIVES = [
+    ({-0.2: 100, 5: 120, 25.1: 140}, 40),
+    ({-0.4: 90, -0.1: 100, 25.1: 139, 25.3: 140, 25.5: 150}, 40),  # 25.5 s: the next leg's, perhaps
+    ({-0.2: 100, 26: 140}, 40),  # the sample after it took a while
+    ({-4: 100, 25.1: 140}, None), ({-0.2: 100, 29: 140}, None),  # too far from it
+    ({5: 120, 25.1: 140}, None), ({-0.2: 100, 24.9: 140}, None), ({}, None),
+    ({-0.2: 100, 5: 3, 25.1: 140}, None), ({-0.2: 100, 25.1: 40}, None)]  # started again
+
+
+@pytest.mark.parametrize(("points", "grew"), LIVES)
+def test_what_a_leg_was_counted_for_is_known_from_right_before_it_to_right_after(
+        points: Any, grew: Any) -> None:
+    for name, of in (("finished", "requests"), ("prompt_tok", "prompt_tok"),
+                     ("output_tok", "output_tok")):
+        assert getattr(signs(rows(name, points)).counted, of) == grew
+
+
+def test_finished_requests_of_all_reasons_are_added_up_but_aborted_ones() -> None:
+    text = "".join(f'vllm:request_success_total{{finished_reason="{why}"}} {n}\n'
+                   for why, n in (("stop", 1), ("length", 20), ("abort", 300)))
+    assert series(rows_of(text, 5), "server")["finished"] == [(5, 21.0)]
+
+
 def test_shares_are_of_what_grew() -> None:
     s = signs(rows("prefix_queries", {9: 1000, 21: 1400}), rows("prefix_hits", {9: 900, 21: 1000}),
               rows("sim_steps", {9: 0, 21: 200}), rows("sim_late_steps", {9: 0, 21: 5}))
@@ -112,7 +136,7 @@ def test_recorded_metrics_of_a_full_server_are_read() -> None:
     text = captures.load("73_metrics_small_kv_preempting").body.decode()
     found = {r.name: r for r in rows_of(text, 5)}
     assert set(found) == {"running", "waiting", "kv_frac", "preemptions", "prompt_tok",
-                          "output_tok", "prefix_queries", "prefix_hits"}
+                          "output_tok", "finished", "prefix_queries", "prefix_hits"}
     assert {n: found[n].value for n in ("running", "waiting", "preemptions")} == {
         "running": 3.0, "waiting": 21.0, "preemptions": 0.0}
     assert found["running"].labels == {"engine": "0", "model_name": "tiny"}

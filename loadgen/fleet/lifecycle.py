@@ -286,6 +286,8 @@ class Lifecycle:
                     return self._break_off("server_died", why)
             if time.monotonic() >= at + 1:
                 at = time.monotonic()
+                if run.on is not None:
+                    run.on.pulse.look()
                 self.live.sample(run, self.environment.runner.user_count)  # type: ignore[union-attr]
             gevent.sleep(0.1)
         return None

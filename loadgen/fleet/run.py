@@ -77,6 +77,7 @@ class OnLeg:
         self.leg, self.t0_ns = leg, now_ns()
         self.from_ns = from_ns  # None: not settled yet
         self.pulse = Pulse(self.t0_ns)
+        self.pulse.begin()
         self.over = gevent.event.Event()
         self.done = self.done_good = self.sampled = self.good = 0
         self.outcomes: Counter[Outcome] = Counter()
@@ -133,6 +134,7 @@ class OnLeg:
 
     def finish(self) -> None:
         self.over.set()
+        self.pulse.end()
         self._filling.kill(block=False)
 
     def _fill(self) -> None:
@@ -222,10 +224,11 @@ class FleetRun:
         to_ns = min(on.to_ns or now, now)
         if ending in ("done", "interrupted"):
             to_ns = min([to_ns, *on.killed, *self._undecided(on, now)])
+        health = on.pulse.health(0, now, from_ns, to_ns)
         window = Window(
             leg=on.leg.id, t0_ns=on.t0_ns, from_ns=from_ns, to_ns=max(from_ns, to_ns), end_ns=now,
-            ending=ending, stalls=on.pulse.stalls, lag_p99_s=on.pulse.lag_p99_s(),
-            cpu_frac=on.pulse.cpu_frac(now), records=on.done, note=note)
+            ending=ending, stalls=on.pulse.stalls, lag_p99_s=health.lag_p99_s,
+            cpu_frac=health.cpu_frac, records=on.done, note=note, shards=[health])
         self._legs.append(LegLine(window=window))
         on.finish()
         return window

@@ -15,6 +15,7 @@ from loadgen.store import Journal, Row
 from loadgen.target import Target
 
 PERIOD_S = 0.5
+ONCE_S = 1.0
 TRIES = 3  # without an answer, before a source that never gave one is left alone
 
 NAMES = {
@@ -25,6 +26,7 @@ NAMES = {
     "vllm:num_preemptions_total": "preemptions",
     "vllm:prompt_tokens_total": "prompt_tok",
     "vllm:generation_tokens_total": "output_tok",
+    "vllm:request_success_total": "finished",
     "vllm:prefix_cache_queries_total": "prefix_queries",
     "vllm:prefix_cache_hits_total": "prefix_hits",
     "vllm:gpu_prefix_cache_queries_total": "prefix_queries",
@@ -36,13 +38,14 @@ _WANTED = re.compile("^(?:" + "|".join(map(re.escape, NAMES)) + r")[ {].*$", re.
 
 
 def rows_of(text: str, t_ns: int) -> list[Row]:
-    """The rows that a Prometheus text holds of what a sweep reads."""
+    """The rows that a Prometheus text holds of what a sweep reads. Requests that were aborted are
+    no finished ones: whether a server counts those differs."""
     from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 (0.1 s)
 
     wanted = "\n".join(_WANTED.findall(text)) + "\n"
     return [Row("server", t_ns, NAMES[s.name], float(s.value), dict(s.labels))
             for family in text_string_to_metric_families(wanted) for s in family.samples
-            if s.name in NAMES]
+            if s.name in NAMES and s.labels.get("finished_reason") != "abort"]
 
 
 def gpu_rows_of(answer: list[dict[str, float]], t_ns: int) -> list[Row]:
@@ -54,13 +57,28 @@ def gpu_rows_of(answer: list[dict[str, float]], t_ns: int) -> list[Row]:
                 ("utilization_gpu", "util_frac", 0.01)) if key in gpu]
 
 
+async def once(target: Target, journal: Journal, keep: list[Row]) -> None:
+    """One sample of /metrics, now; gives up after `ONCE_S`. Raises StoreError."""
+    try:
+        async with asyncio.timeout(ONCE_S), _session(target, ONCE_S) as session:
+            rows = await _scrape(session, target.base_url + "/metrics")
+    except TimeoutError:
+        return
+    for row in rows:
+        journal.append(row)
+    keep += rows
+
+
+def _session(target: Target, total_s: float) -> aiohttp.ClientSession:
+    headers = {k: v for k, v in target.headers.items() if k.lower() == "authorization"}
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=total_s), headers=headers,
+                                 proxy=target.proxy)
+
+
 async def watch(target: Target, journal: Journal, keep: list[Row], simulated: bool) -> None:
     """Until cancelled: appends rows to the journal and to `keep`."""
-    headers = {k: v for k, v in target.headers.items() if k.lower() == "authorization"}
-    timeout = aiohttp.ClientTimeout(total=2.0)
     left = {"/metrics": float(TRIES), "/sim/gpu": TRIES if simulated else 0.0}
-    async with aiohttp.ClientSession(timeout=timeout, headers=headers,
-                                     proxy=target.proxy) as session:
+    async with _session(target, 2.0) as session:
         while any(left.values()):
             began = time.monotonic()
             for path in [p for p, tries in left.items() if tries]:

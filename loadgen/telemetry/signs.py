@@ -2,9 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from loadgen.balance import Counted
 from loadgen.judge import KV_FULL, ServerSigns
 from loadgen.leg import Window
 from loadgen.store import Row
+
+SETTLED_NS = 400_000_000  # after a leg: the next one's first request comes no sooner
+FRESH_NS = 3_000_000_000  # a sample further from a leg than this may hold something else
 
 
 def series(rows: Iterable[Row], source: str) -> dict[str, list[tuple[int, float]]]:
@@ -45,7 +49,22 @@ def signs_of(window: Window, server: Mapping[str, Sequence[tuple[int, float]]]) 
         late_step_frac=late / steps if steps and late is not None else None,
         blind=bool(server) and window.to_ns - window.from_ns > 4_000_000_000 and not any(
             gauge(name) for name in server),
-        died=(window.note or "no reason found") if window.ending == "server_died" else None)
+        died=(window.note or "no reason found") if window.ending == "server_died" else None,
+        counted=Counted(*(_over_life(window, server.get(name, ())) for name in (
+            "finished", "prompt_tok", "output_tok"))))
+
+
+def _over_life(window: Window, points: Sequence[tuple[int, float]]) -> float | None:
+    """Increase of a counter over the leg's whole life. None unless there are samples right before
+    it and right after, or where the server was started again in between."""
+    before = [v for t, v in points if window.t0_ns - FRESH_NS <= t <= window.t0_ns]
+    during = [v for t, v in points if window.t0_ns < t < window.end_ns]
+    after = [(t, v) for t, v in points if window.end_ns <= t <= window.end_ns + FRESH_NS]
+    if not before or not after:
+        return None
+    settled = [v for t, v in after if t <= window.end_ns + SETTLED_NS] or [after[0][1]]
+    seen = [before[-1], *during, settled[-1]]
+    return None if sorted(seen) != seen else seen[-1] - seen[0]
 
 
 def _mean(values: Sequence[float]) -> float | None:

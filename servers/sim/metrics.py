@@ -100,6 +100,7 @@ def _lines(engine: Engine, model: str, latencies: Latencies, pacing: Pacing) -> 
     yield from _family("sim:lag_seconds", "gauge", {"kind": "worst"}, pacing.worst_s)
     yield from _family("sim:late_steps_frac", "gauge", {}, pacing.late_frac())
     yield from _family("sim:steps_total", "counter", {}, pacing.steps)
+    yield from _family("sim:late_steps_total", "counter", {}, pacing.late)
 
 
 def _family(name: str, kind: str, labels: Mapping[str, str], value: float) -> Iterator[str]:
