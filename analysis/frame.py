@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from loadgen import metrics, scenario
 from loadgen.errors import LoadgenError
+from loadgen.headroom import Peak, peak_of
 from loadgen.judge import Criteria, Judgement, ServerSigns, is_due, judge
 from loadgen.leg import Axis, Leg, Window
 from loadgen.ramp import Conclusion, conclude
@@ -53,6 +54,7 @@ class Run(Struct, frozen=True, eq=False):
     t0_ns: int
     torn: int  # lines of the journals that could not be read
     gaps_us: dict[str, Ints]  # leg → event gaps of its sample, pooled
+    peaks: list[Peak]  # of the generator, in the order of `legs`
 
     def gaps_s(self, *legs: str) -> Floats:
         """Event gaps of the samples of these legs, pooled, s."""
@@ -88,7 +90,8 @@ def load(path: Path, slo: Slo | None = None) -> Run:
     manifest = folder.manifest()
     mix = scenario.parse(manifest.scenario, where=str(path / "manifest.json"))
     mix = mix.with_slo(slo) if slo else mix
-    criteria = Criteria(manifest.target_frac, manifest.confidence)
+    criteria = Criteria(manifest.target_frac, manifest.confidence,
+                        calibration=manifest.calibration)
     records: dict[str, list[RequestRecord]] = {}
     for r in folder.records():
         records.setdefault(r.leg, []).append(r)
@@ -104,7 +107,8 @@ def load(path: Path, slo: Slo | None = None) -> Run:
     rows = [_row(r, leg, window, mix, t0_ns, gaps[leg.id])
             for leg, window in legs for r in records.get(leg.id, ())]
     return Run(folder, manifest, mix, criteria, legs, _frame(rows), judgements, signs, telemetry,
-               t0_ns, folder.torn, {x: np.frombuffer(g, np.int64) for x, g in gaps.items()})
+               t0_ns, folder.torn, {x: np.frombuffer(g, np.int64) for x, g in gaps.items()},
+               [peak_of(records.get(leg.id, ())) for leg, _ in legs])
 
 
 def _with_windows(legs: Sequence[tuple[Leg, Window | None]],

@@ -5,11 +5,12 @@ import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
+import msgspec
 import pandas as pd
 from msgspec import Struct
 
+from analysis import generator, steps
 from analysis import knee as knees
-from analysis import steps
 from analysis.frame import Run
 from analysis.knee import Knee
 from analysis.steps import percent
@@ -50,6 +51,8 @@ def answer(run: Run) -> Answer:
         verdict = of_leg(run, *run.judgements) if len(run.legs) == 1 else of_legs(run)
     else:
         verdict = of_sweep(run, run.conclusion, knee)
+    if (said := generator.sentence(run)) is not None:
+        verdict = msgspec.structs.replace(verdict, sentences=[*verdict.sentences, said])
     return Answer(steps.table(run), steps.levels(run), knee, verdict)
 
 

@@ -205,17 +205,25 @@ def serve(server_options: tuple[str, ...], /, kind: str, port: int, model: str |
 
 @main.command()
 @click.option("--base-url", metavar="URL", help="Also look at this server.")
-def doctor(base_url: str | None) -> None:
+@click.option("--calibrate", is_flag=True, help="Find out in about 40 s how much load one "
+              "generator process of this host can make; runs are then held against it.")
+def doctor(base_url: str | None, calibrate: bool) -> None:
     """Is this host fit to generate load? Names what would spoil a measurement, and the remedy.
 
     \b
     loadgen doctor
     loadgen doctor --base-url http://127.0.0.1:8000
+    loadgen doctor --calibrate
     """
     from rich.console import Console  # noqa: PLC0415
 
     from loadgen import doctor as checks  # noqa: PLC0415
 
+    if calibrate:
+        if base_url:
+            raise click.UsageError("--calibrate loads a server of its own; leave out --base-url")
+        checks.calibrate(Console())
+        return
     raise SystemExit(checks.show(Console(), base_of(base_url) if base_url else None))
 
 
@@ -303,6 +311,7 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     """Everything that sweep and run have in common, to the exit code."""
     from rich.console import Console  # noqa: PLC0415
 
+    from loadgen import calibration  # noqa: PLC0415
     from loadgen.judge import Criteria  # noqa: PLC0415
     from loadgen.runner import Session  # noqa: PLC0415
     from loadgen.view import View  # noqa: PLC0415
@@ -310,12 +319,14 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     chosen = scenario.load(name)
     if slo := slo_of(options["slos"]):
         chosen = chosen.with_slo(slo)
-    console = Console()
+    console, found = Console(), calibration.load()
+    if found.ignored:
+        console.print(f"Not used: {found.ignored}", style="dim", highlight=False, soft_wrap=True)
     out: Path = options["out"] or Path("runs") / _run_name(chosen)
     seed = options["seed"] if options["seed"] is not None else secrets.randbelow(2**31)
     session = Session(
         scenario=chosen, server=server_of(options, server_options, out), out=out,
-        criteria=Criteria(target=options["target"]), seed=seed,
+        criteria=Criteria(target=options["target"], calibration=found.calibration), seed=seed,
         model=None if launches_vllm(options) else options["model"],
         headers=headers_of(options), processes=options["processes"],
         command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"])

@@ -6,7 +6,6 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import aiohttp
@@ -14,11 +13,13 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
-from loadgen import metrics
+from loadgen import calibration, headroom, metrics, rungs, selftest
+from loadgen.calibration import PORTS
+from loadgen.rungs import Rung
+from loadgen.selftest import Ladder
 
 State = Literal["good", "fair", "bad"]
 _COLOURS = {"good": "green", "fair": "yellow", "bad": "red"}
-_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class Check(Struct, frozen=True):
@@ -32,7 +33,7 @@ class Check(Struct, frozen=True):
 
 def show(console: Console, base_url: str | None) -> int:
     """Prints all checks; exit code 0, or 3 if a measurement from here could not be valid."""
-    checks = [*host_checks(), *timer_checks(), *gpu_checks()]
+    checks = [*host_checks(), *timer_checks(), calibration_check(), *gpu_checks()]
     if base_url:
         checks += asyncio.run(server_checks(base_url))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -54,8 +55,8 @@ def host_checks() -> Iterator[Check]:
     yield Check("open files", "good" if hard >= 8192 else "bad" if hard < 256 else "fair",
                 f"at most {hard}: as many connections, less a few",
                 "" if hard >= 8192 else "ulimit -Hn 65536")
-    if _PORTS.exists():
-        low, high = map(int, _PORTS.read_text(encoding="ascii").split())
+    if PORTS.exists():
+        low, high = map(int, PORTS.read_text(encoding="ascii").split())
         room = high - low
         yield Check("ports", "good" if room > 20_000 else "fair", f"{room} to one server",
                     "" if room > 20_000 else "sysctl net.ipv4.ip_local_port_range='10240 65535'")
@@ -75,6 +76,43 @@ def timer_checks(n: int = 200) -> Iterator[Check]:
     yield Check("timer", state, f"{1000 * p90.value:.2f} ms late at p90, {1000 * worst:.1f} ms at "
                 f"worst of {n}", "" if state == "good" else "a quieter host: its stalls are in "
                 "each stamp")
+
+
+def calibration_check() -> Check:
+    found, remedy = calibration.load(), "loadgen doctor --calibrate"
+    if (c := found.calibration) is not None:
+        return Check("calibration", "good", f"{c.when}: {headroom.figures(c)}")
+    return Check("calibration", "fair", found.ignored or "none yet", remedy)
+
+
+def calibrate(console: Console, ladder: Ladder | None = None) -> None:
+    """Measures what one generator process of this host can do, shows it, and keeps it. Raises
+    GeneratorError if that was not possible, StoreError if it cannot be kept."""
+    with console.status("calibrating") as status:
+        found = asyncio.run(selftest.measure(ladder or Ladder(), lambda what: status.update(
+            f"calibrating: {what}")))
+    kept = calibration.save(found.calibration)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("load", no_wrap=True)
+    for name in ("per second", "core", "µs/event", "error p99", "server late p99"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("limit", no_wrap=True)
+    for rung in found.rungs:
+        table.add_row(*_cells(rung))
+    for line in (table, "", rungs.sentence(found.calibration)):
+        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+    console.print(f"Kept in {kept}; runs on this host are held against it.", style="dim",
+                  highlight=False, soft_wrap=True)
+
+
+def _cells(rung: Rung) -> list[str]:
+    def number(value: float | None, unit: str, spec: str = ".2f") -> str:
+        return "–" if value is None else f"{value:{spec}}{unit}"
+    core = None if rung.core_frac is None else 100 * rung.core_frac
+    return [f"{rung.asked} {'streams' if rung.kind == 'streams' else 'starts/s'}",
+            f"{rung.rate_per_s:,.0f}", number(core, " %", ".0f"),
+            number(rung.us_per_event, "", ".1f"), number(rung.error_p99_ms, " ms"),
+            number(rung.server_late_p99_ms, " ms"), rungs.limit_of(rung) or ""]
 
 
 def gpu_checks() -> Iterator[Check]:

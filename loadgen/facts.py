@@ -32,7 +32,7 @@ def manifest(out: Path, command: Sequence[str], mix: Scenario, seed: int, criter
         target_frac=criteria.target, confidence=criteria.confidence,
         base_url=target.base_url, model=target.model, server=server,
         ratios=msgspec.to_builtins(ratios), versions=_versions(), host=_host(),
-        processes=processes)
+        processes=processes, calibration=criteria.calibration)
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from loadgen import balance, metrics, validity
 from loadgen.balance import Balance, Counted
+from loadgen.headroom import Calibration
 from loadgen.leg import Leg, Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Scenario
@@ -46,6 +47,7 @@ class Criteria(Struct, frozen=True):
     target: float = 0.95
     confidence: float = 0.95
     refute: float = 0.995
+    calibration: Calibration | None = None  # of the generator; beyond it no measurement is sure
 
 
 class Judgement(Struct, frozen=True):

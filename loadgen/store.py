@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from loadgen.errors import FolderError, StoreError
+from loadgen.headroom import Calibration
 from loadgen.leg import Leg, Window
 from loadgen.record import RequestRecord
 from loadgen.scenario import dec_hook, enc_hook
@@ -45,6 +46,7 @@ class Manifest(Struct, frozen=True):
     versions: dict[str, str]
     host: dict[str, Any]
     processes: int = 1
+    calibration: Calibration | None = None  # that was in force; of one generator process
 
 
 class Header(Struct, frozen=True):

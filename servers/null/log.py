@@ -35,10 +35,14 @@ class Truth(Struct, frozen=True, eq=False):
         writes[:, 0] = new[writes[:, 0]]
         return Truth(self.requests[rows], writes, self.stalls)
 
-    def lateness_ms(self) -> NDArray[np.float64]:
-        """How late the server came to each instant: first write of it − due."""
+    def lateness_ms(self, but_stalls: bool = False) -> NDArray[np.float64]:
+        """How late the server came to each instant: first write of it − due. `but_stalls`: those
+        in a stall of its host are left out."""
         tokens = self.writes[self.writes[:, 1] >= 1]
         due, first = np.unique(tokens[:, 3], return_index=True)
+        if but_stalls:
+            calm = ~_stalled(self.stalls, due)
+            due, first = due[calm], first[calm]
         return np.asarray((tokens[first, 4] - due) / 1e6, dtype=np.float64)
 
 
