@@ -73,10 +73,20 @@ class Share(Struct, frozen=True):
 
 
 def share_of(peak: Peak, calibration: Calibration) -> Share:
-    c = calibration
-    return max((Share("events", peak.events_per_s, c.events_per_s, c.events_limited_by in PROVEN),
-                Share("starts", peak.starts_per_s, c.starts_per_s, c.starts_limited_by in PROVEN)),
-               key=lambda x: x.used_frac)
+    return max(_shares(peak, calibration), key=lambda x: x.used_frac)
+
+
+def beyond(records: Iterable[RequestRecord], calibration: Calibration | None) -> Share | None:
+    """What a leg asked for beyond a limit that the calibration did meet; None: nothing."""
+    if calibration is None:
+        return None
+    return next((x for x in _shares(peak_of(records), calibration)
+                 if x.proven and x.used_frac > 1), None)
+
+
+def _shares(peak: Peak, c: Calibration) -> tuple[Share, Share]:
+    return (Share("events", peak.events_per_s, c.events_per_s, c.events_limited_by in PROVEN),
+            Share("starts", peak.starts_per_s, c.starts_per_s, c.starts_limited_by in PROVEN))
 
 
 def says(peak: Peak, calibration: Calibration | None, cpu_frac: float | None,

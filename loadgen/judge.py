@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from loadgen import balance, metrics, validity
+from loadgen import balance, headroom, metrics, validity
 from loadgen.balance import Balance, Counted
 from loadgen.headroom import Calibration
 from loadgen.leg import Leg, Window
@@ -115,7 +115,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
     books = balance.of(leg, window, sample, records, signs.counted)
     findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind,
-                              books)
+                              books, headroom.beyond(records, criteria.calibration))
     distress = _distress(signs, n)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()

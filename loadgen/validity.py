@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from loadgen import metrics
 from loadgen.balance import Balance, Tally, own_lateness_s, stalls_inside
+from loadgen.headroom import Share, rounded
 from loadgen.leg import Health, Leg, Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed
@@ -57,15 +58,16 @@ class Finding(Struct, frozen=True):
 
 def check(leg: Leg, window: Window, records: Sequence[RequestRecord], n_read: int,
           server_lag_frac: float | None = None, blind: bool = False,
-          books: Balance | None = None) -> list[Finding]:
+          books: Balance | None = None, over: Share | None = None) -> list[Finding]:
     """The rules that fire for a leg. `records`: those due in the window, voided ones left out;
     `n_read`: all of the leg's that were read; `server_lag_frac`: share of the simulator's steps
     that came more than 5 ms late; `blind`: the server's telemetry was lost in this window;
-    `books`: what must add up."""
+    `books`: what must add up; `over`: what was more than the generator is calibrated for."""
     found = [*_starts(leg, records), *_host(leg, window, records), *_shards(window),
              *_tokens(records)]
     if books is not None:
         found += [*_reads(window, books), *_load(leg, books, records), *_counts(books)]
+    found += _beyond(over)
     if window.records is not None and n_read < window.records:
         found.append(Finding(
             "records-lost", "INVALID", f"{window.records - n_read} of {window.records} records "
@@ -185,8 +187,8 @@ def _reads(window: Window, books: Balance) -> list[Finding]:
     if some and full > FULL_READS_SUSPECT * some:
         found.append(Finding(
             "read-behind", "INVALID" if full > FULL_READS_INVALID * some else "SUSPECT",
-            f"{full} of {some} reads filled the whole read buffer: the client was behind, and "
-            "events that came one by one share a stamp",
+            f"{full} reads filled the whole read buffer, where {some} brought an event: the client "
+            "was behind, and events that came one by one share a stamp",
             "use --processes, or a generator host of its own"))
     small = [h.rcvbuf_bytes for h in window.shards if h.rcvbuf_bytes is not None]
     if small and min(small) < RCVBUF_SUSPECT:
@@ -290,3 +292,15 @@ def _tokens(records: Sequence[RequestRecord]) -> list[Finding]:
                 "prompt-length", "SUSPECT", f"prompts were {off:+.0%} of the wanted tokens",
                 "a server with /tokenize, or one that returns usage, lets them be calibrated"))
     return found
+
+
+def _beyond(over: Share | None) -> list[Finding]:
+    """A limit that the calibration met with this very generator, on this host."""
+    if over is None:
+        return []
+    return [Finding(
+        "beyond-calibration", "SUSPECT",
+        f"a generator process had up to {rounded(over.peak_per_s)} {over.unit}/s, and this host "
+        f"was calibrated for {rounded(over.calibrated_per_s)}/s: {over.used_frac:.0%}",
+        "more --processes; or, if it was calibrated while it was busy, `loadgen doctor "
+        "--calibrate` once more")]

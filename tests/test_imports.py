@@ -26,7 +26,7 @@ ALLOWED = {
     "record": "bulk openai sse",
     "metrics": "record scenario",
     "balance": "leg metrics record scenario",
-    "validity": "balance leg metrics record scenario",
+    "validity": "balance headroom leg metrics record scenario",
     "judge": "balance headroom leg metrics record scenario validity",
     "ramp": "judge leg metrics scenario",
     "sweep": "errors judge leg ramp record scenario",

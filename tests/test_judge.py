@@ -56,7 +56,7 @@ SLOW = record(ttft_s=2.1, took_s=3)
 
 
 def verdict(records: list[RequestRecord], signs: ServerSigns | None = None,
-            window: Window = WINDOW, phase: Phase = "confirm", **criteria: float) -> Judgement:
+            window: Window = WINDOW, phase: Phase = "confirm", **criteria: Any) -> Judgement:
     return judge(leg(phase), window, records, signs or ServerSigns(), SCENARIO,
                  Criteria(**criteria))
 
