@@ -17,7 +17,7 @@ from typing import Self
 from urllib.parse import SplitResult, urlsplit
 
 from loadgen import __version__, net, openai, stamps
-from loadgen.connection import Connection
+from loadgen.connection import Connection, Tally
 from loadgen.deadline import LINGER_S, OUR_LIMITS, STALE_NS, Deadline
 from loadgen.dial import connect, proxy_header
 from loadgen.net import now_ns
@@ -36,6 +36,7 @@ class Client:
     def __init__(self, target: Target, scenario: Scenario) -> None:
         self.target = target
         self.inflight = 0
+        self.tally = Tally()
         self._scenario = scenario
         self._idle: deque[Connection] = deque()  # the last used at the right
         self._flights: set[Flight] = set()
@@ -151,7 +152,7 @@ class Client:
     async def connection(self) -> Connection:
         """A new one. Raises OSError, ValueError."""
         sock, tls = await connect(self._url, self._proxy, self._context)
-        connection = Connection(sock, tls, self.direct, self._forget)
+        connection = Connection(sock, tls, self.direct, self.tally, self._forget)
         connection.idle_since_ns = now_ns()
         return connection
 
@@ -329,6 +330,8 @@ class Flight:
     def _due(self) -> None:
         """The deadline as it was known is here; what has come since may have moved it."""
         self._fold()
+        if self._ended_ns is not None:
+            return
         last_ns = self.recorder.last_ns
         if last_ns is not None:
             self._deadline.progress(self.recorder, last_ns / 1e9)
@@ -349,6 +352,8 @@ class Flight:
     # -------------------------------------------------------------------------------- the end
 
     def _fold(self) -> None:
+        if self._connection is not None:
+            self._connection.catch_up()
         when = self._client.clock.mono_ns(self.stamps, self.recorder.sent_ns or 0)
         parts = self.parts[:]
         self.parts.clear()
@@ -368,9 +373,10 @@ class Flight:
             self._timer.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.catch_up()
+            connection.close()
         self._client.forget(self)
         self._client.later(self._record)
 

@@ -16,6 +16,7 @@ from loadgen.net import now_ns
 _INFORMATIONAL = range(100, 200)
 _MUCH = 32768  # bytes of a stream that pile up before somebody should look at them
 _LAST = (b"[DONE]\n\n\r\n", b"[DONE]\n\n")  # not the end: some servers keep the body open
+_USUAL = b"}\n\n\r\n"  # how a read in the middle of a stream ends; no body, no [DONE] ends so
 
 
 class _Closed(Exception):
@@ -47,24 +48,38 @@ class Sink(Protocol):
         """What came is no HTTP."""
 
 
+class Tally:
+    """What all connections of a client have met."""
+
+    def __init__(self) -> None:
+        self.full_reads = 0  # which took all that one read can take: the reader is behind
+        self.rcvbuf_bytes: int | None = None  # the smallest receive buffer of the kernel's
+
+
 class Connection:
-    """Connected; one exchange after the other, each for its Sink."""
+    """Connected; one exchange after the other, each for its Sink. In the middle of a stream reads
+    are only kept, with their stamps; their framing is parsed by `catch_up`, all at once."""
 
     def __init__(self, sock: socket.socket, tls: Tls | None,
-                 direct: net.Selector | net.Plain,
+                 direct: net.Selector | net.Plain, tally: Tally,
                  idle_broke: Callable[["Connection"], None]) -> None:
         self.used = 0  # exchanges so far
         self.idle_since_ns = 0
         self.open = True
         self._sock, self._tls = sock, tls
-        self._direct, self._idle_broke = direct, idle_broke
+        self._direct, self._tally, self._idle_broke = direct, tally, idle_broke
         stamps.ask_for(sock)
+        room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        tally.rcvbuf_bytes = min(tally.rcvbuf_bytes or room, room)
         self._sink: Sink | None = None
         self._receive = sock.recvmsg
         self._parser: Any = None
         self._feed: Any = None
         self.on_body: Any = None
         self._n_parts = 0  # of the answer, once it is whole
+        self._streams = False  # in the middle of a chunked body
+        self._kept: list[bytes] = []  # reads that are not parsed yet …
+        self._kept_stamps = bytearray()  # … and their stamps
         self._left = b""  # of a request that the socket did not take at once
         direct.read_directly(sock.fileno(), self._readable)
 
@@ -75,7 +90,7 @@ class Connection:
         connection is broken already."""
         self._sink, self._began, self._size = sink, False, 0
         self._parts, self._stamps = sink.parts, sink.stamps
-        self._whole = self._keeps = self._in_body = self._surplus = False
+        self._whole = self._keeps = self._in_body = self._surplus = self._streams = False
         self._spoiled: Exception | None = None
         self._headers: dict[bytes, bytes] = {}
         self.on_body = sink.parts.append  # called by httptools, from C to C
@@ -90,8 +105,10 @@ class Connection:
     def close(self) -> None:
         """Idempotent. The sink hears nothing of it."""
         if self.open:
-            self.open = False
+            self.open = self._streams = False
             self._sink = None
+            self._kept.clear()
+            self._kept_stamps.clear()
             self._direct.leave(self._sock.fileno())
             self._sock.close()
             self._parser = self._feed = self.on_body = None  # a circle, and gc is off in a leg
@@ -126,11 +143,54 @@ class Connection:
         except OSError as e:
             self._broken(e)
             return
+        if self._streams and ancillary and data.endswith(_USUAL):
+            self._kept.append(data)
+            self._kept_stamps += ancillary[0][2]
+            self._size += len(data)
+            if self._size > _MUCH and self._sink is not None:
+                self._size = 0
+                self._sink.more()
+        elif self.catch_up():
+            self._take(data, ancillary)
+        elif self.open:  # the answer had ended: nobody asked for this
+            self._closed(None)
+
+    def catch_up(self) -> bool:
+        """Parses what was kept. False: it was no HTTP, and the sink has heard so."""
+        kept = self._kept
+        if not kept:
+            return True
+        sink, parts, feed = self._sink, self._parts, self._feed
+        n_before, n_kept = len(parts), len(kept)
+        marks = []
+        try:
+            for data in kept:
+                feed(data)
+                marks.append(len(parts))
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
+            self._spoiled = e
+            marks.append(len(parts))
+        if len(parts) - n_before == n_kept:  # one each, as none of them is without
+            self._stamps += self._kept_stamps
+        else:
+            for nth, mark in enumerate(marks):
+                each = mark - len(self._stamps) // 16
+                self._stamps += self._kept_stamps[16 * nth:16 * nth + 16] * each
+        kept.clear()
+        self._kept_stamps.clear()
+        if sink is not None and (self._spoiled is not None or self._whole):
+            self._after(sink)
+            return False
+        return True
+
+    def _take(self, data: bytes, ancillary: list[tuple[int, int, bytes]]) -> None:
+        """A read that may be the first, the last, or a torn one."""
         sink = self._sink
         if sink is None or not data:
             if not self._is_chatter(data):
                 self._closed(sink)
             return
+        self._tally.full_reads += len(data) == READ_BYTES
         self._stamp = stamp = ancillary[0][2] if ancillary else self._own_stamp()
         try:
             self._feed(data)
@@ -207,16 +267,19 @@ class Connection:
         return self._in_body and not any(x in self._headers for x in lengths)
 
     def _broken(self, error: Exception | None) -> None:
+        if not self.catch_up():
+            return
         sink, began = self._sink, self._began
         self.close()
         if sink is not None:
             sink.broke(error, began)
 
     def _finish(self, sink: Sink) -> None:
-        self._sink = None
+        self._sink, self._streams = None, False
         if self._surplus:
             del self._parts[self._n_parts:], self._stamps[16 * self._n_parts:]
-        if self._left or self._surplus or not (self._whole and self._keeps):
+        spoiled = self._surplus or self._spoiled is not None
+        if self._left or spoiled or not (self._whole and self._keeps):
             self.close()
         self.idle_since_ns = now_ns()
         sink.end()
@@ -239,6 +302,7 @@ class Connection:
             return
         self._in_body = True
         self._sink.head(self._stamp, status, self._headers)
+        self._streams = self._tls is None and b"transfer-encoding" in self._headers
 
     def on_message_complete(self) -> None:
         if self._in_body and not self._whole:  # 100 Continue is no answer

@@ -5,10 +5,13 @@ Randomness is counter-based (Philox keyed by seed and stream, counted by k): wha
 does not depend on which shard asks, or in which order.
 """
 
+import bisect
+import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from msgspec import Struct
@@ -53,9 +56,22 @@ class Session(Struct, frozen=True):
     prefix: tuple[int, ...] = ()
 
 
+@functools.cache
+def _reel(name: int) -> tuple[Any, np.random.Generator, dict[str, Any]]:
+    """For a stream's name only: a philox, its generator, and a state for it."""
+    philox = np.random.Philox(0)
+    return philox, np.random.Generator(philox), {**philox.state}
+
+
 def stream(seed: int, name: int, k: int) -> np.random.Generator:
-    """The generator for event k of a stream; equal arguments, equal numbers."""
-    return np.random.Generator(np.random.Philox(key=(name << 64) | seed, counter=k << 128))
+    """The generator for event k of a stream; equal arguments, equal numbers. There is one for
+    each stream, wound to where it is wanted (a fresh one costs 15 times as much): the next call
+    for the same stream takes it away."""
+    philox, generator, state = _reel(name)
+    state["state"] = {"counter": np.array((0, 0, k, 0), np.uint64),
+                      "key": np.array((seed, name), np.uint64)}
+    philox.state = state
+    return generator
 
 
 def sessions(scenario: Scenario, leg: Leg, shard: int = 0, of: int = 1) -> Iterator[Session]:
@@ -96,12 +112,18 @@ def arrivals(load: Open | Trace, seed: int) -> Iterator[float]:
 def session(scenario: Scenario, seed: int, k: int, due_s: float | None) -> Session:
     """Session k of the plan: its class by weight, its lengths, its shared prefix."""
     mix, lengths = stream(seed, MIX, k), stream(seed, LENGTHS, k)
-    weights = np.array([c.weight for c in scenario.classes])
-    at = np.searchsorted(np.cumsum(weights / weights.sum()), mix.random(), side="right")
-    cls = scenario.classes[min(int(at), len(weights) - 1)]
+    shares = _shares(tuple(c.weight for c in scenario.classes))
+    cls = scenario.classes[min(bisect.bisect_right(shares, mix.random()), len(shares) - 1)]
     prefix = (int(mix.integers(cls.shared_prefix.groups)),) if cls.shared_prefix else ()
     turn = Turn(prompt_tok=draw(cls.prompt_tok, lengths), output_tok=draw(cls.output_tok, lengths))
     return Session(k=k, cls=cls.name, due_s=due_s, turns=(turn,), prefix=prefix)
+
+
+@functools.cache
+def _shares(weights: tuple[float, ...]) -> list[float]:
+    """Cumulated, up to 1."""
+    shares: list[float] = np.cumsum(np.array(weights) / sum(weights)).tolist()
+    return shares
 
 
 def draw(length: Length, rng: np.random.Generator) -> int:
@@ -110,7 +132,7 @@ def draw(length: Length, rng: np.random.Generator) -> int:
         case Uniform(min=low, max=high):
             return int(rng.integers(low, high + 1))
         case Lognormal(median=median, sigma=sigma, min=low, max=high):
-            return int(np.clip(round(rng.lognormal(np.log(median), sigma)), low, high))
+            return min(max(round(rng.lognormal(math.log(median), sigma)), low), high)
         case Fixed(tokens=tokens):
             return tokens
         case _:

@@ -116,7 +116,8 @@ class Shot(Struct, frozen=True):
 
 def _gaps_us(stamps_ns: "array[int]") -> list[int]:
     """From each stamp to the next; cut to µs in a way that sums up."""
-    gaps: list[int] = np.diff(np.frombuffer(stamps_ns, np.int64) // 1000).tolist()
+    stamps_us = np.frombuffer(stamps_ns, np.int64) // 1000
+    gaps: list[int] = (stamps_us[1:] - stamps_us[:-1]).tolist()
     return gaps
 
 
@@ -155,7 +156,6 @@ class Recorder:
         self._garbled = False
         self._template: bulk.Template | None = None
         self._plain: bytes | None = None  # the last token event that says nothing else
-        self._visible_at: int | None = None
 
     def sent(self, now_ns: int) -> None:
         """The request's head went to the transport."""
@@ -228,20 +228,35 @@ class Recorder:
     def feed_reads(self, stamps_ns: Sequence[int], parts: Sequence[bytes]) -> None:
         """Body bytes of several reads, each with its stamp: the same as `feed` for one after the
         other, but quick where events are alike."""
+        nth = 0
+        while nth < len(parts):
+            n, visible = self._alike_parts(parts, nth)
+            if n:
+                self._stamps_ns.extend(stamps_ns[nth:nth + n])
+                self._see(None if visible is None else stamps_ns[visible])
+                nth += n
+            elif parts[nth].find(b"\n\n") == len(parts[nth]) - 2:  # mostly: an event
+                self.feed(stamps_ns[nth], parts[nth])
+                self._learn()
+                nth += 1
+            else:
+                self._feed_torn(stamps_ns[nth:], parts[nth:])
+                return
+
+    def _feed_torn(self, stamps_ns: Sequence[int], parts: Sequence[bytes]) -> None:
+        """The same where parts are not events: proxies cut and join as they like."""
         data, ends = b"".join(parts), list(itertools.accumulate(map(len, parts)))
         at = 0
         for stamp_ns, end in zip(stamps_ns, ends, strict=True):
             while at < end:
-                if self._is_stream and (alike := self._alike(data, at)):
-                    self._many(alike, stamps_ns, ends)
+                if alike := self._alike(data, at, stamps_ns, ends):
                     at = alike[-1]
                     continue
                 cut = data.find(b"\n\n", at, end)
                 upto = end if cut < 0 else cut + 2
                 self.feed(stamp_ns, data[at:upto])
+                self._learn()
                 at = upto
-                if self._plain is not None:  # what follows is most likely like it
-                    self._template, self._plain = bulk.template_of(self._plain), None
 
     @property
     def n_events(self) -> int:
@@ -270,37 +285,47 @@ class Recorder:
             self.ended = True
             self._end_ns = now_ns
 
-    def _alike(self, data: bytes, start: int) -> list[int]:
-        """Ends of the events from `start` on that are like one before, but for their text."""
-        if self._template is None or self.fatal is not None or not self._sse.is_between:
-            return []
-        ends, visible = self._template.run(data, start)
-        try:
-            str(memoryview(data)[start:ends[-1] if ends else start], "utf-8")
-        except UnicodeDecodeError:
-            self._template = None  # event by event, to the one that is at fault
-            return []
-        self._visible_at = visible
-        return ends
+    def _learn(self) -> None:
+        """What follows is most likely like the last token event."""
+        if self._plain is not None:
+            self._template, self._plain = bulk.template_of(self._plain), None
 
-    def _many(self, events: Sequence[int], stamps_ns: Sequence[int], ends: Sequence[int]) -> None:
-        """Token events that end at `events`, each with the stamp of the read that ended it."""
+    @property
+    def _ready_template(self) -> bulk.Template | None:
+        usable = self._is_stream and self.fatal is None and self._sse.is_between
+        return self._template if usable else None
+
+    def _alike_parts(self, parts: Sequence[bytes], start: int) -> tuple[int, int | None]:
+        """How many parts from `start` on are each an event like one before, but for its text; and
+        which is the first with a visible one."""
+        template = self._ready_template
+        return (0, None) if template is None else template.whole(parts, start)
+
+    def _alike(self, data: bytes, start: int, stamps_ns: Sequence[int],
+               ends: Sequence[int]) -> list[int]:
+        """Takes the events from `start` on that are like one before, but for their text, each with
+        the stamp of the read that ended it. Their ends."""
+        template = self._ready_template
+        events, visible = ([], None) if template is None else template.run(data, start)
+        if not events:
+            return []
         read = bisect.bisect_left(ends, events[0])
-        if ends[read:read + len(events)] == events:  # one event per read
-            self._stamps_ns.extend(stamps_ns[read:read + len(events)])
-        else:
-            for at in events:
-                while ends[read] < at:
-                    read += 1
-                self._stamps_ns.append(stamps_ns[read])
-        if self._first_visible_ns is None and self._visible_at is not None:
-            self._first_visible_ns = stamps_ns[bisect.bisect_left(ends, self._visible_at)]
+        for at in events:
+            while ends[read] < at:
+                read += 1
+            self._stamps_ns.append(stamps_ns[read])
+        self._see(None if visible is None else stamps_ns[bisect.bisect_left(ends, visible)])
+        return events
+
+    def _see(self, stamp_ns: int | None) -> None:
+        if self._first_visible_ns is None:
+            self._first_visible_ns = stamp_ns
 
     def _token(self, now_ns: int, event: openai.Event) -> None:
         if self.first_ns is None:
             self.first_ns = now_ns
-        if event.visible and self._first_visible_ns is None:
-            self._first_visible_ns = now_ns
+        if event.visible:
+            self._see(now_ns)
         self._stamps_ns.append(now_ns)
         n_tok = event.n_tok
         if n_tok is None and event.usage is not None and event.usage.completion_tokens is not None:

@@ -18,7 +18,7 @@ SYNC_S = 0.1
 _SO_TIMESTAMPNS = 35
 _SYNCS = 16_000  # that are kept: longer than any request may take
 _STEP_NS = 2_000_000  # slewing does less between two syncs
-_pack = struct.Struct("qq").pack
+_pack, _unpack = struct.Struct("qq").pack, struct.Struct("qq").unpack
 
 Walls = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -48,6 +48,13 @@ class Clock:
     def mono_ns(self, timespecs: bytes | bytearray, since_ns: int = 0) -> list[int]:
         """Each 16 bytes as they came from the kernel, in the order they came. A stamp lies
         between `since_ns` and now; one that does not is from another setting of the clock."""
+        if len(timespecs) == 16:
+            s, ns = _unpack(timespecs)
+            wall_ns = s * 1_000_000_000 + ns
+            at = bisect.bisect_right(self._walls, wall_ns) - 1
+            stamp_ns = wall_ns - self._offsets[max(0, at)]
+            if since_ns <= stamp_ns <= now_ns():
+                return [stamp_ns]
         if not timespecs:
             return []
         pairs = np.frombuffer(bytes(timespecs), np.int64).reshape(-1, 2)
