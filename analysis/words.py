@@ -257,6 +257,8 @@ def _at_least(run: Run, lower: float) -> str:
 
 
 def _generator(run: Run) -> str:
+    if {f.rule for f in run.judgements[-1].findings if f.verdict == "INVALID"} == {"foreign-load"}:
+        return "somebody else loaded the server"
     return ("the load generator failed" if run.legs[-1][1].ending == "failed" else
             "the load generator was the limit, not the server")
 

@@ -153,7 +153,8 @@ def begun_ns(r: RequestRecord) -> int | None:
 def _slots(leg: Leg, window: Window, records: Sequence[RequestRecord],
            ) -> tuple[float | None, float | None, float | None]:
     """Requests in flight in the mean while the host did not stand still; for a closed loop, of
-    its slots, and how long a slot was empty between two requests."""
+    its slots, and how long a slot was empty between two requests; that not where requests were
+    dropped, which is why slots are empty then."""
     clear = _clear(window)
     length_ns = sum(b - a for a, b in clear)
     if not length_ns or not records:
@@ -161,7 +162,7 @@ def _slots(leg: Leg, window: Window, records: Sequence[RequestRecord],
     flying_ns = sum(_inside(r, clear) for r in records)
     mean = flying_ns / length_ns
     if not isinstance(leg.load, Closed) or not window.alone or leg.num_sessions is not None or any(
-            r.turn for r in records):
+            r.turn or r.outcome is Outcome.DROPPED for r in records):
         return mean, None, None
     slots = leg.load.concurrency
     starts = sum(x is not None and any(a <= x < b for a, b in clear)
@@ -176,9 +177,12 @@ def _little(window: Window,
     flight; λW is the time in flight of the records, cut at the edges of the window, so that no
     request at an edge makes a difference. Tolerance: 2 %, an end that was noticed a little late,
     and the chance in looking every 20 ms, which shrinks with √n (a change of the count is missed
-    by at most a look, uniformly: Δ/√12 for each of 2n changes, ±3 σ)."""
+    by at most a look, uniformly: Δ/√12 for each of 2n changes, ±3 σ). Nothing is said of a host
+    that stood still, nor where requests were dropped: for how long those were in flight is not in
+    their records."""
     counts = [h.inflight_s for h in window.shards]
-    if not counts or None in counts or stalls_inside(window):
+    if not counts or None in counts or stalls_inside(window) or any(
+            r.outcome is Outcome.DROPPED for r in records):
         return None, None
     span = [(window.from_ns, window.to_ns)]
     inside = [x for r in records if (x := _inside(r, span))]

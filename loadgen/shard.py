@@ -144,7 +144,7 @@ class Shard:
                      failed=_says(run.error))
 
     def _health(self, run: LegRun) -> Health:
-        leg, now, client = run.leg, now_ns(), self.work.client
+        leg, now = run.leg, now_ns()
         from_ns = run.t0_ns + round(leg.warmup_s * 1e9)
         to_ns = min(now, now if run.stopped_ns is None else run.stopped_ns)
         if leg.measure_s is not None and leg.num_sessions is None:
@@ -152,11 +152,15 @@ class Shard:
         return msgspec.structs.replace(
             self._pulse.health(self.work.shard, now, from_ns, to_ns),
             full_reads=self._full_reads_so_far() - self._full_reads,
-            rcvbuf_bytes=getattr(client, "rcvbuf_bytes", None))
+            rcvbuf_bytes=getattr(_tally(self.work.client), "rcvbuf_bytes", None))
 
     def _full_reads_so_far(self) -> int:
-        found: int = getattr(self.work.client, "full_reads", 0)
+        found: int = getattr(_tally(self.work.client), "full_reads", 0)
         return found
+
+
+def _tally(client: Client) -> object:
+    return getattr(client, "tally", client)
 
 
 def _says(error: BaseException | None) -> str | None:

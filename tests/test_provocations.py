@@ -1,0 +1,188 @@
+"""The generator is brought to its limits by force: each time the rule that is meant for it fires,
+and nothing of it is told as the server's fault."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadgen import cli
+from loadgen.judge import is_due, sample_of
+from loadgen.pulse import waited_ns
+from loadgen.record import Outcome
+from loadgen.store import RunFolder
+from tests.test_cli import Said, loadgen, start
+from tests.test_end_to_end import (
+    FAST,
+    _reaches,
+    a_simulator,
+    kept,
+    nobody_is_left,
+    over,
+    pid_of,
+    processes_in,
+    running,
+    summary,
+    wait,
+)
+
+pytestmark = pytest.mark.slow
+__all__ = ["nobody_is_left"]  # a fixture, of each test
+S = 1_000_000_000
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))
+from loadgen.cli import entry
+entry(sys.argv[1:])
+"""
+SMALL_READS = """
+import asyncio, sys
+real = asyncio.create_subprocess_exec
+def smaller(program, *words, **how):
+    if words[:2] == ("-m", "loadgen.shard"):
+        words = ("-c", "from loadgen import connection, shard; connection.READ_BYTES = 256; "
+                 "shard.main()")
+    return real(program, *words, **how)
+asyncio.create_subprocess_exec = smaller
+from loadgen.cli import entry
+entry(sys.argv[1:])
+"""
+
+
+def rules(folder: Path) -> dict[str, str]:
+    """Which fired, with their verdicts."""
+    found: Any = summary(folder)["findings"]
+    return {f["rule"]: f["verdict"] for f in found}
+
+
+def verdict(folder: Path) -> tuple[str, str]:
+    """Of the load, and of the measurement."""
+    found: Any = summary(folder)["verdict"]
+    return found["load"], found["measurement"]
+
+
+def scripted(script: str, *args: str, cwd: Path) -> Said:
+    """`loadgen` with something done to it before."""
+    done = subprocess.run([sys.executable, "-c", script, *args], cwd=cwd, text=True, timeout=60,
+                          stdin=subprocess.DEVNULL, capture_output=True, process_group=0,
+                          check=False, env={**os.environ, "COLUMNS": "300"})
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+def assert_the_generator_was_the_limit(said: Said, folder: Path) -> None:
+    assert said.code == cli.INVALID, said.all
+    assert "Traceback" not in said.all
+    assert verdict(folder) == ("UNRESOLVED", "INVALID")
+    assert "the load generator was the limit, not the server" in said.out
+    assert "Not met" not in said.out
+
+
+@contextlib.contextmanager
+def busy(core: int, loops: int) -> Iterator[None]:
+    """Processes that want this core for themselves."""
+    script = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    with contextlib.ExitStack() as stack:
+        for _ in range(loops):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", script]))
+            stack.callback(process.kill)
+        yield
+
+
+def test_a_generator_that_was_stopped_for_a_while_voids_what_lived_through_it(
+        tmp_path: Path) -> None:
+    with start("run", "smoke", "--concurrency", "4", "--duration", "8s", "--warmup", "0.5s",
+               "--out", "r", "--slo", "ttft=1500ms", "--no-report", *FAST,
+               cwd=tmp_path) as process:
+        wait(running(tmp_path / "r", 150))
+        shard = pid_of(tmp_path, "loadgen.shard")
+        os.kill(shard, signal.SIGSTOP)
+        time.sleep(2)
+        os.kill(shard, signal.SIGCONT)
+        said = over(process)
+    folder, found = tmp_path / "r", rules(tmp_path / "r")
+    assert found["host-stall"] in ("SUSPECT", "INVALID")
+    assert verdict(folder)[0] != "UNSAFE", said.all
+    assert said.code == (cli.INVALID if "INVALID" in found.values() else cli.PASS), said.all
+    window, records = RunFolder(folder).legs()[0][1], kept(folder)
+    assert window is not None
+    assert max(b - a for a, b in window.stalls) > 1.7 * S
+    due = [r for r in records if is_due(window, r)]
+    sample = sample_of(window, records)
+    assert len(sample) > 50
+    assert len(due) - len(sample) >= 4  # what was in flight in the four slots
+    assert not any(r.due_ns < b and r.end_ns > a for r in sample for a, b in window.stalls)
+
+
+@pytest.mark.skipif(waited_ns() is None, reason="this kernel tells nobody who waits for a core")
+def test_a_core_that_others_use_is_no_limit_of_the_servers(tmp_path: Path) -> None:
+    core = max(os.sched_getaffinity(0))
+    with start("run", "smoke", "--concurrency", "64", "--duration", "5s", "--out", "r",
+               "--no-report", *FAST, cwd=tmp_path) as process:
+        wait(lambda: any("loadgen.shard" in x for x in processes_in(tmp_path).values()))
+        os.sched_setaffinity(pid_of(tmp_path, "loadgen.shard"), {core})
+        with busy(core, 4):
+            said = over(process, 60)
+    assert "run-queue" in rules(tmp_path / "r"), said.all
+    assert_the_generator_was_the_limit(said, tmp_path / "r")
+
+
+def test_a_limit_of_64_descriptors_is_the_generators(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with a_simulator(tmp_path / "elsewhere", "--speed", "10") as (_, url):
+        wait(lambda: _reaches(url))
+        said = scripted(LIMITED.format(64), "run", "smoke", "--concurrency", "128", "--duration",
+                        "2s", "--out", "r", "--no-report", "--base-url", url, cwd=tmp_path)
+    assert_the_generator_was_the_limit(said, tmp_path / "r")
+    found = rules(tmp_path / "r")
+    assert found["dropped"] == "INVALID"
+    assert found["fd-limit"] == "SUSPECT"
+    assert "Too many open files" in said.out
+    records = kept(tmp_path / "r")
+    window = RunFolder(tmp_path / "r").legs()[0][1]
+    assert window is not None
+    assert len(records) == window.records
+    assert sum(r.outcome is Outcome.OK for r in records) > 50
+    assert sum(r.outcome is Outcome.DROPPED for r in records) > 50
+    assert sorted(r.seq for r in records) == list(range(len(records)))
+
+
+def test_a_rate_that_one_core_cannot_send_is_no_limit_of_the_servers(tmp_path: Path) -> None:
+    said = loadgen("run", "smoke", "--rate", "20000", "--duration", "2s", "--out", "r",
+                   "--no-report", "--", "--speed", "50", cwd=tmp_path, timeout=60)
+    assert_the_generator_was_the_limit(said, tmp_path / "r")
+    assert rules(tmp_path / "r")["achieved-rate"] == "INVALID"
+    assert len(kept(tmp_path / "r")) > 500
+
+
+def test_a_read_buffer_that_is_too_small_is_told(tmp_path: Path) -> None:
+    said = scripted(SMALL_READS, "run", "smoke", "--duration", "3s", "--out", "r", "--no-report",
+                    *FAST, cwd=tmp_path)
+    assert "read-behind" in rules(tmp_path / "r"), said.all
+    assert_the_generator_was_the_limit(said, tmp_path / "r")
+
+
+def test_somebody_elses_load_is_told(tmp_path: Path) -> None:
+    """Two runs on one server: each sees that it is not alone."""
+    (tmp_path / "elsewhere").mkdir()
+
+    async def both(url: str) -> list[Said]:
+        return await asyncio.gather(*(asyncio.to_thread(
+            loadgen, "run", "smoke", "--concurrency", "4", "--duration", "6s", "--out", name,
+            "--no-report", "--base-url", url, cwd=tmp_path, timeout=60) for name in "ab"))
+
+    with a_simulator(tmp_path / "elsewhere", "--speed", "10") as (_, url):
+        wait(lambda: _reaches(url))
+        said = asyncio.run(both(url))
+    for name, one in zip("ab", said, strict=True):
+        assert rules(tmp_path / name)["foreign-load"] == "INVALID", one.all
+        assert one.code == cli.INVALID
+        assert verdict(tmp_path / name) == ("UNRESOLVED", "INVALID")
+        assert "somebody else loads it" in one.out
