@@ -19,12 +19,23 @@ import pytest
 from rich.console import Console
 
 from analysis import generator, summary, words
-from loadgen import calibration, doctor, headroom, rungs, selftest
+from loadgen import (
+    calibration,
+    cli,
+    doctor,
+    facts,
+    headroom,
+    rungs,
+    runner,
+    selftest,
+)
 from loadgen.errors import GeneratorError, StoreError
 from loadgen.headroom import Calibration, Peak
 from loadgen.record import Outcome, RequestRecord
 from loadgen.rungs import Found, Rung
+from loadgen.runner import Session
 from loadgen.selftest import Ladder, Measured
+from loadgen.target import Target
 from servers.null.launch import NullServer
 from servers.null.log import Truth
 from tests import synthetic
@@ -398,7 +409,9 @@ def test_calibrate_shows_its_rungs_and_keeps_the_result(
     assert calibration.load().calibration == HOST
 
 
-def test_a_calibration_that_is_broken_off_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sig", "code"), [
+    (signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_calibration_that_is_broken_off_leaves_nothing_behind(sig: int, code: int) -> None:
     with _doctor("--calibrate") as process:
         try:
             until = time.monotonic() + 60
@@ -406,12 +419,47 @@ def test_a_calibration_that_is_broken_off_leaves_nothing_behind(tmp_path: Path) 
                 assert process.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 130
+            process.send_signal(sig)
+            assert process.wait(60) == code
         finally:
             process.kill()
         assert psutil.wait_procs(below, 20)[1] == []
     assert not calibration.path().exists()
+
+
+def test_a_run_goes_by_what_is_kept_and_says_so_in_its_manifest(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration.save(HOST)
+    session = _session(tmp_path, monkeypatch)
+    assert session.criteria.calibration == HOST
+    written = facts.manifest(tmp_path / "run", [], session.scenario, 1, session.criteria,
+                             Target("http://127.0.0.1:9", "tiny"), {}, {})
+    assert written.calibration == HOST
+
+
+def test_a_run_says_that_a_calibration_is_of_no_use(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    assert _session(tmp_path, monkeypatch).criteria.calibration is None
+    assert "Not used" not in capsys.readouterr().out
+    calibration.save(HOST).write_bytes(b"{")
+    assert _session(tmp_path, monkeypatch).criteria.calibration is None
+    assert "Not used: " in capsys.readouterr().out
+
+
+def _session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """What `loadgen run` would measure with."""
+    sessions: list[Session] = []
+
+    def started(session: Session, *_: object) -> None:
+        sessions.append(session)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_leg", started)
+    with pytest.raises(SystemExit):
+        cli.entry(["run", "chat", "--rate", "1", "--duration", "1s", "--out",
+                   str(tmp_path / "run")])
+    return sessions[0]
 
 
 def test_what_was_not_measured_is_exit_code_3() -> None:
