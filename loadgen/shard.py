@@ -96,7 +96,7 @@ class Shard:
     def begin(self, leg: Leg, t0_ns: int) -> LegRun:
         """From here on `running` takes stop and cancel."""
         self._pulse = Pulse(t0_ns)
-        self._full_reads = self._full_reads_so_far()
+        self._full_reads = self.work.client.tally.full_reads
         self.running = LegRun(self.work, leg, t0_ns)
         return self.running
 
@@ -151,16 +151,8 @@ class Shard:
             to_ns = min(to_ns, from_ns + round(leg.measure_s * 1e9))
         return msgspec.structs.replace(
             self._pulse.health(self.work.shard, now, from_ns, to_ns),
-            full_reads=self._full_reads_so_far() - self._full_reads,
-            rcvbuf_bytes=getattr(_tally(self.work.client), "rcvbuf_bytes", None))
-
-    def _full_reads_so_far(self) -> int:
-        found: int = getattr(_tally(self.work.client), "full_reads", 0)
-        return found
-
-
-def _tally(client: Client) -> object:
-    return getattr(client, "tally", client)
+            full_reads=self.work.client.tally.full_reads - self._full_reads,
+            rcvbuf_bytes=self.work.client.tally.rcvbuf_bytes)
 
 
 def _says(error: BaseException | None) -> str | None:

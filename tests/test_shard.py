@@ -21,6 +21,7 @@ from loadgen.errors import GeneratorError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
 from loadgen.net import now_ns
+from loadgen.pulse import waited_ns
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, to_plain
 from loadgen.shard import LEASE_S, Command, Frame, Setup
@@ -143,6 +144,90 @@ def test_two_shards_keep_the_instants_of_one_open_plan(tmp_path: Path) -> None:
     planned = [round((s.due_s or 0.0) * S) for _, s in zip(range(200), plan.sessions(MIX, what),
                                                            strict=False)]
     assert due == [x for x in planned if x < S]
+
+
+@pytest.mark.parametrize("load", [Closed(concurrency=4), Open(rate_rps=PerSecond(60))])
+def test_two_shards_send_what_one_process_would_to_the_byte(tmp_path: Path, load: Load) -> None:
+    sent: list[list[bytes]] = []
+
+    async def test() -> None:
+        for processes in (1, 2):
+            async with (RawServer(lambda _: slow()) as server,
+                        shards(tmp_path / str(processes), server, processes) as some):
+                await some.run(leg(load, n=40), nobody_died, unseen)
+                sent.append(sorted(got.body for got in server.requests))
+    run(test())
+    assert sent[0] == sent[1]
+    assert len(set(sent[0])) == 40
+    merged = kept(tmp_path / "2")
+    assert sorted(r.session for r in merged) == [r.session for r in sorted(
+        kept(tmp_path / "1"), key=lambda r: r.session)] == list(range(40))
+    assert len({(r.shard, r.seq) for r in merged}) == 40
+    assert {r.shard for r in merged} == {0, 1}
+
+
+def test_the_slots_of_a_closed_loop_are_shared_out_without_rest(tmp_path: Path) -> None:
+    """Each answer waits until all slots of all shards have sent: five of two are three and two."""
+    async def test() -> None:
+        go = asyncio.Event()
+        async with (RawServer(lambda _: [HEAD + token(), go, *good()[1:]]) as server,
+                    shards(tmp_path, server, 2) as both):
+            running = asyncio.create_task(
+                both.run(leg(Closed(concurrency=5), n=10), nobody_died, unseen))
+            await server.until(lambda: server.inflight == 5, 20)
+            await asyncio.sleep(0.3)
+            go.set()
+            await running
+            assert server.most_inflight == 5
+    run(test())
+    most = {shard: max(r.inflight or 0 for r in kept(tmp_path) if r.shard == shard)
+            for shard in (0, 1)}
+    assert most == {0: 3, 1: 2}
+
+
+def test_each_shard_tells_how_it_was(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with (RawServer(lambda _: slow()) as server,
+                    shards(tmp_path, server, 2) as both):
+            await both.run(leg(Closed(concurrency=4), measure_s=1.5), nobody_died, unseen)
+    run(test())
+    window, records = _the_window(tmp_path), kept(tmp_path)
+    assert window.alone
+    assert [h.shard for h in window.shards] == [0, 1]
+    for h in window.shards:
+        assert h.cpu_frac is not None
+        assert h.lag_p99_s is not None
+        assert (h.run_queue_frac is None) == (waited_ns() is None)
+        assert h.gc_pause_s == 0.0  # it is switched off
+        assert h.fds is not None
+        assert h.fd_limit is not None
+        assert 5 < h.fds < h.fd_limit
+        assert h.full_reads == 0
+        assert h.rcvbuf_bytes is not None
+        assert h.rcvbuf_bytes > 0
+    assert window.lag_p99_s == max(h.lag_p99_s or 0 for h in window.shards)
+    assert window.cpu_frac == max(h.cpu_frac or 0 for h in window.shards)
+    span_ns = window.to_ns - window.from_ns
+    inside_s = sum(max(0, min(r.end_ns, window.to_ns) - max(r.sent_ns or r.due_ns, window.from_ns))
+                   for r in records) / S
+    counted_s = sum(h.inflight_s or 0 for h in window.shards)
+    assert 0.5 * inside_s < counted_s <= 4 * span_ns / S + 1e-6
+
+
+def test_what_is_told_of_a_leg_is_of_that_leg(tmp_path: Path) -> None:
+    """A shard's reads and pauses of the leg before are not told again."""
+    async def test() -> None:
+        async with (RawServer(lambda _: slow()) as server,
+                    shards(tmp_path, server) as one):
+            for name in ("one", "two"):
+                await one.run(leg(Closed(concurrency=2), measure_s=0.5, name=name),
+                              nobody_died, unseen)
+    run(test())
+    for _, window in RunFolder(tmp_path).legs():
+        assert window is not None
+        [h] = window.shards
+        assert h.inflight_s is not None
+        assert 0 < h.inflight_s <= 2 * 0.5 + 1e-6
 
 
 def test_a_shard_more_than_there_are_slots_loses_no_session(tmp_path: Path) -> None:
