@@ -205,7 +205,7 @@ def serve(server_options: tuple[str, ...], /, kind: str, port: int, model: str |
 
 @main.command()
 @click.option("--base-url", metavar="URL", help="Also look at this server.")
-@click.option("--calibrate", is_flag=True, help="Find out in about 40 s how much load one "
+@click.option("--calibrate", is_flag=True, help="Find out within a minute how much load one "
               "generator process of this host can make; runs are then held against it.")
 def doctor(base_url: str | None, calibrate: bool) -> None:
     """Is this host fit to generate load? Names what would spoil a measurement, and the remedy.
