@@ -79,26 +79,20 @@ class Client:
         """A request that needs but its `start`."""
         return Flight(self, shot, self._scenario)
 
-    def launch(self, shot: Shot) -> "Flight":
-        """Sends a request now, or as soon as it has a connection."""
-        flight = self.prepare(shot)
-        flight.start()
-        return flight
-
-    async def landing(self, flight: "Flight") -> RequestRecord:
+    async def send(self, shot: Shot) -> RequestRecord:
         """The record of a request, when it has ended. To give it up, cancel the task: the record
         is then CANCELLED, with what had come."""
+        flight = self.prepare(shot)
+        landed = self.loop.create_future()
+        flight.start(lambda: None if landed.done() else landed.set_result(None))
         try:
-            await asyncio.wait([flight.landed])
+            await landed
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None:  # the request is what was cancelled; its task lives on
                 task.uncancel()
             flight.cancel()
-        return flight.landed.result()
-
-    async def send(self, shot: Shot) -> RequestRecord:
-        return await self.landing(self.launch(shot))
+        return flight.result()
 
     def cancel(self) -> None:
         """Gives up all that is in flight."""
@@ -198,12 +192,13 @@ class Client:
 
 
 class Flight:
-    """One request under way: a Sink for its connection."""
+    """One request under way: a Sink for its connection. `record` is there when it has landed."""
 
     def __init__(self, client: Client, shot: Shot, scenario: Scenario) -> None:
         self.recorder = Recorder(shot, scenario.throttle_status)
         self.recorder.stamp_kind = "kernel"  # unless a read says otherwise
-        self.landed: asyncio.Future[RequestRecord] = client.loop.create_future()
+        self.record: RequestRecord | None = None
+        self._landed: Callable[[], object] | None = None
         self._client = client
         self._limits = scenario.timeouts_of(shot.cls)
         self._timer: asyncio.TimerHandle | None = None
@@ -211,7 +206,7 @@ class Flight:
         self._connection: Connection | None = None
         self._ended_ns: int | None = None
         self._lingers = False
-        self._bug: Exception | None = None
+        self.bug: Exception | None = None
         self.parts: list[bytes] = []  # of the body, not parsed yet …
         self.stamps = bytearray()  # … and when each was received
         try:
@@ -219,21 +214,28 @@ class Flight:
         except ValueError as e:
             self._request, self._unfit = b"", str(e)
 
-    def start(self) -> None:
-        """Sends it, and does everything else after that."""
-        client = self._client
+    def start(self, landed: Callable[[], object]) -> None:
+        """Sends it, and does everything else after that. `landed` is called when it has ended."""
+        client, self._landed = self._client, landed
         connection = None if self._unfit else client.take()
         if connection is not None:
             self._send(connection)
         self.recorder.inflight = client.enter(self)
-        self._deadline = Deadline(self._limits, self.recorder.shot.abandon_after_s,
-                                  client.loop.time())
         if self._unfit:
             client.loop.call_soon(self._land, Outcome.CONNECT_FAILED, self._unfit)
             return
-        self._wait()
+        self._deadline = Deadline(self._limits, self.recorder.shot.abandon_after_s,
+                                  client.loop.time())
+        client.later(self._watch)
         if connection is None:
             self._connecting = client.loop.create_task(self._connect_and_send())
+
+    def result(self) -> RequestRecord:
+        """Of a flight that has landed. Raises what is a bug of ours."""
+        if self.bug is not None:
+            raise self.bug
+        assert self.record is not None
+        return self.record
 
     def cancel(self) -> None:
         """Its record is there when this returns."""
@@ -321,6 +323,10 @@ class Flight:
 
     # ------------------------------------------------------------------------------- deadlines
 
+    def _watch(self) -> None:
+        if self._ended_ns is None:
+            self._wait()
+
     def _wait(self) -> None:
         """Until the deadline; looked at in between, as a first token brings one that is nearer."""
         loop = self._client.loop
@@ -361,7 +367,7 @@ class Flight:
         try:
             self.recorder.feed_reads(when, parts)
         except Exception as e:  # noqa: BLE001  (a bug of ours: the leg must fail, not wait for ever)
-            self._bug = e
+            self.bug = e
             self._land(None, None)
 
     def _land(self, failure: Outcome | None, error: str | None) -> None:
@@ -381,14 +387,14 @@ class Flight:
         self._client.later(self._record)
 
     def _record(self) -> None:
-        if self.landed.done():
+        if self.record is not None or self._landed is None:
             return
         assert self._ended_ns is not None
         self._fold()
-        if self._bug is not None:
-            self.landed.set_exception(self._bug)
-            return
-        record = self.recorder.end(self._ended_ns, self._failure, self._error)
-        if record.error is not None:
-            record.error = self._client.target.scrub(record.error)
-        self.landed.set_result(record)
+        if self.bug is None:
+            record = self.recorder.end(self._ended_ns, self._failure, self._error)
+            if record.error is not None:
+                record.error = self._client.target.scrub(record.error)
+            self.record = record
+        landed, self._landed = self._landed, None
+        landed()

@@ -88,6 +88,9 @@ class Connection:
     def exchange(self, request: bytes, sink: Sink) -> int:
         """Sends a request; the answer goes to `sink`. When it was sent, ns. Raises OSError if the
         connection is broken already."""
+        data = self._tls.encrypt(request) if self._tls else request
+        sent_ns = now_ns()
+        self._write(data)  # what is to be made ready for the answer can wait
         self._sink, self._began, self._size = sink, False, 0
         self._parts, self._stamps = sink.parts, sink.stamps
         self._whole = self._keeps = self._in_body = self._surplus = self._streams = False
@@ -97,9 +100,6 @@ class Connection:
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data if self._tls is None else self._decrypt
         self.used += 1
-        data = self._tls.encrypt(request) if self._tls else request
-        sent_ns = now_ns()
-        self._write(data)
         return sent_ns
 
     def close(self) -> None:

@@ -24,7 +24,8 @@ from loadgen.scenario import Closed, Scenario, Slo
 from loadgen.store import Journal
 
 LOOKAHEAD = 64  # bodies built ahead
-ARM_NS = 50_000_000  # an open loop's start is set so long before it is due
+ARM_NS = 50_000_000  # an open loop's start is set so long before it is due …
+ARM_TOGETHER_NS = 10_000_000  # … or a little sooner, with those before it: waking up costs
 
 
 class Work(Struct, frozen=True):
@@ -52,7 +53,8 @@ class LegRun:
         self.done = self.done_good = self.sampled = self.good = 0
         self._awaited = 0  # measured requests that were started and have not ended
         self._pending: dict[object, int] = {}  # due instants that somebody sleeps to
-        self._armed = self._aloft = 0  # starts that are set, requests that were sent of them
+        self._armed = self._aloft = 0  # starts that are set, requests that were sent of them …
+        self._down = asyncio.Event()  # … all of which have landed
         self.outcomes: Counter[str] = Counter()
         self._from_ns = t0_ns + round(leg.warmup_s * 1e9)
         self._to_ns = (None if leg.measure_s is None or leg.num_sessions is not None
@@ -74,8 +76,12 @@ class LegRun:
                 self._fly(self._slot(slot, load.concurrency))
         else:
             self._fly(self._schedule(max(1, load.max_inflight // self.work.of)))
-        while self.flights:
-            await asyncio.wait(self.flights)
+        while self.flights or self._aloft:
+            if self.flights:
+                await asyncio.wait(self.flights)
+            else:
+                self._down.clear()
+                await self._down.wait()
         for helper in helpers:
             helper.cancel()
 
@@ -112,8 +118,11 @@ class LegRun:
     def _landed(self, flight: asyncio.Task[None]) -> None:
         self.flights.discard(flight)
         if not flight.cancelled() and (error := flight.exception()) is not None:
-            self.error = self.error or error
-            self.cancel()
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.cancel()
 
     async def _slot(self, slot: int, slots: int) -> None:
         """A closed loop's slot. The first starts are spread over the warm-up: all at once would
@@ -137,7 +146,11 @@ class LegRun:
         while (ready := self._prepared.next()) is not None:
             planned, bodies = ready
             due_ns = self.t0_ns + round((planned.due_s or 0.0) * 1e9)
-            if not await self._wait_until(due_ns - ARM_NS, due_ns):
+            if due_ns - now_ns() < ARM_NS + ARM_TOGETHER_NS:
+                await asyncio.sleep(0)  # who is late must not keep sockets and commands waiting
+            elif not await self._wait_until(due_ns - ARM_NS, due_ns):
+                return
+            if self.stopping.is_set():
                 return
             shot = self._shot(planned, 0, bodies[0], due_ns, seq=-1)  # it has one when it starts
             self._armed += 1
@@ -155,32 +168,42 @@ class LegRun:
         if self.stopping.is_set():
             self._awaited -= self._measures(shot.due_ns)
             return
-        shot = msgspec.structs.replace(shot, seq=next(self.work.seq))
-        flight.recorder.shot = shot
-        if self._aloft >= max_inflight:
+        sent = self._aloft < max_inflight
+        if sent:
+            self._aloft += 1
+            flight.start(functools.partial(self._back, planned, bodies, flight))
+        flight.recorder.shot = shot = msgspec.structs.replace(shot, seq=next(self.work.seq))
+        if not sent:
             self._awaited -= self._measures(shot.due_ns)
             self._count(_not_sent(shot, Outcome.DROPPED, f"max_inflight of {max_inflight} reached"))
-            return
-        self._aloft += 1
-        flight.start()
-        self.work.client.loop.call_soon(self._follow, planned, bodies, flight)
 
-    def _follow(self, planned: plan.Session, bodies: list[bytes], flight: Flight) -> None:
-        """What comes after the start need not be at its instant."""
-        self._fly(self._turns(planned, bodies, flight))
+    def _back(self, planned: plan.Session, bodies: list[bytes], flight: Flight) -> None:
+        """A request that was started by its alarm has ended."""
+        self._awaited -= self._measures(flight.recorder.shot.due_ns)
+        if flight.bug is not None:
+            self._give_up(flight.bug)
+        else:
+            self._count(flight.result())
+        if len(bodies) > 1:
+            self._fly(self._turns(planned, bodies))
+        else:
+            self._ground()
 
-    async def _turns(self, planned: plan.Session, bodies: list[bytes], flight: Flight) -> None:
+    async def _turns(self, planned: plan.Session, bodies: list[bytes]) -> None:
+        """A session's requests after the first."""
         try:
-            record = await self.work.client.landing(flight)
-            self._awaited -= self._measures(record.due_ns)
-            self._count(record)
             for turn, body in enumerate(bodies[1:], 1):
                 due_ns = now_ns() + round(planned.turns[turn].think_s * 1e9)
                 if not await self._wait_until(due_ns):
                     return
                 await self._send(self._shot(planned, turn, body, due_ns))
         finally:
-            self._aloft -= 1
+            self._ground()
+
+    def _ground(self) -> None:
+        self._aloft -= 1
+        if not self._aloft:
+            self._down.set()
 
     async def _wait_until(self, instant_ns: int, due_ns: int | None = None) -> bool:
         """False if the leg was stopped before the instant came. `due_ns`: when what is waited for
@@ -196,8 +219,6 @@ class LegRun:
                 pass
             finally:
                 del self._pending[me]
-        elif wait_s <= 0:
-            await asyncio.sleep(0)  # who is late must not keep sockets and commands waiting
         return not self.stopping.is_set()
 
     async def _send(self, shot: Shot) -> None:

@@ -204,12 +204,14 @@ def test_a_loop_with_only_direct_sockets_still_sees_its_timers() -> None:
         drips.append(HOLD)
         async with (RawServer(lambda _: drips) as server,
                     Client(Target(server.url, "m"), made()) as client):
-            flight = client.launch(shot())
+            flight, landed = client.prepare(shot()), []
+            flight.start(lambda: landed.append(1))
             began = now_ns()
             await asyncio.sleep(0.2)
             assert now_ns() - began < 5_000_000_000
             flight.cancel()
-            assert flight.landed.result().outcome is Outcome.CANCELLED
+            assert flight.result().outcome is Outcome.CANCELLED
+            assert landed == [1]
     run(test())
 
 
@@ -223,14 +225,14 @@ def test_stamps_are_the_kernels_and_do_not_feel_a_loop_that_stands_still() -> No
         async with RawServer(lambda _: [HEAD, go, token(), finish() + usage(1) + DONE + LAST]
                              ) as server, Client(Target(server.url, "m"), made()) as client:
             await asyncio.sleep(0.2)  # the kernel begins to stamp
-            flight = client.launch(shot())
+            flight = asyncio.create_task(client.send(shot()))
             await server.until(lambda: server.inflight == 1)
             go.set()
             for _ in range(10):
                 await asyncio.sleep(0)
             slept = now_ns()
             time.sleep(0.4)  # noqa: ASYNC251  (this is what is tested)
-            r = await client.landing(flight)
+            r = await flight
             assert (r.outcome, r.stamp_kind) == (Outcome.OK, "kernel")
             assert r.first_ns is not None
             assert r.first_ns < slept + 300_000_000
