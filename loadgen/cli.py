@@ -30,6 +30,7 @@ from loadgen.options import (
     launches_vllm,
     levels_of,
     load_of,
+    processes_of,
     server_of,
     slo_of,
     target_options,
@@ -96,7 +97,7 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
             criteria=session.criteria, can_restart=session.server.facts()["kind"] != "remote"),
             view)
 
-    _measure(name, server_options, options, search, budget)
+    _measure(name, server_options, options, search, budget, (ladder[-1], axis))
 
 
 @main.command()
@@ -154,7 +155,8 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
             measure_s=None if duration_s is None else float(duration_s),
             num_sessions=options["num_prompts"]), view)
 
-    _measure(name, server_options, options, measure, None)
+    axis = "concurrency" if isinstance(load, Closed) else "rate"
+    _measure(name, server_options, options, measure, None, (float(value), axis))
 
 
 @main.command()
@@ -307,8 +309,9 @@ def _invoke(words: list[str]) -> int:
 
 
 def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], do: Any,
-             budget_s: float | None) -> None:
-    """Everything that sweep and run have in common, to the exit code."""
+             budget_s: float | None, most: tuple[float, str]) -> None:
+    """Everything that sweep and run have in common, to the exit code. `most`: the largest load,
+    and its axis."""
     from rich.console import Console  # noqa: PLC0415
 
     from loadgen import calibration  # noqa: PLC0415
@@ -328,7 +331,8 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
         scenario=chosen, server=server_of(options, server_options, out), out=out,
         criteria=Criteria(target=options["target"], calibration=found.calibration), seed=seed,
         model=None if launches_vllm(options) else options["model"],
-        headers=headers_of(options), processes=options["processes"],
+        headers=headers_of(options), processes=processes_of(
+            options["processes"], *most, options["base_url"]),
         command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"])
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)

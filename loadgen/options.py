@@ -1,6 +1,7 @@
 """The command line's options: what several commands share, and what their words mean."""
 
 import math
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -29,6 +30,45 @@ def finite(_ctx: click.Context, _param: click.Parameter, value: float | None) ->
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no number that can be used")
     return value
+
+
+AUTO = 0  # processes
+STREAMS_EACH = 256  # that a process is given by auto: a third of what a slow core can do, or less …
+STARTS_EACH_RPS = 500.0  # … and starts per second
+MOST_PROCESSES = 64
+
+
+def processes(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
+    """Callback of --processes: a number, or AUTO."""
+    if value == "auto":
+        return AUTO
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= MOST_PROCESSES:
+        raise click.BadParameter(f"{value!r}: write a number from 1 to {MOST_PROCESSES}, or auto")
+    return number
+
+
+def processes_of(asked: int, most: float, axis: str, base_url: str | None,
+                 cores: int | None = None) -> int:
+    """Generator processes for a load of up to `most` streams or starts per second. auto: what
+    that needs, but of a host that runs the server as well at most half of the cores, of another
+    all but one."""
+    if asked != AUTO:
+        return asked
+    need = math.ceil(most / (STREAMS_EACH if axis == "concurrency" else STARTS_EACH_RPS))
+    here = base_url is None or re.match(r"https?://(127\.|localhost\b|\[::1\])", base_url.strip())
+    have = cores or _cores()
+    return max(1, min(need, have // 2 if here else have - 1, MOST_PROCESSES))
+
+
+def _cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 WORDS = "loadgen.words"  # of the command line, as the manifest keeps them
@@ -70,8 +110,9 @@ def target_options(command: Any) -> Any:
                      show_default=True, help="Share of requests that must meet the SLO."),
         click.option("--seed", type=click.IntRange(0, 2**40), help="Same seed, same plan. "
                      "Default: a fresh one, so that no cache knows the prompts."),
-        click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True,
-                     help="Generator processes; the plan is split exactly."),
+        click.option("--processes", callback=processes, default="1", show_default=True,
+                     metavar="N|auto", help="Generator processes; the plan is split exactly. auto: "
+                     "as many as the load needs and this host's cores allow."),
         click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER",
                      help="Run folder. Default: runs/DATE-TIME-SCENARIO."),
         click.option("--report/--no-report", default=True, show_default=True,

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import click
 import pytest
 
-from loadgen import cli, runner
+from loadgen import cli, options, runner
 from loadgen.record import Outcome
 from loadgen.store import RunFolder
 from servers.base import free_port
@@ -706,3 +706,25 @@ def test_serve_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
 def _answers(port: int) -> bool:
     with socket.socket() as s:
         return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize(("most", "axis", "base_url", "cores", "processes"), [
+    (128, "concurrency", None, 16, 1),  # one is enough
+    (2000, "concurrency", None, 16, 8),  # half of the cores are the server's
+    (2000, "concurrency", "http://127.0.0.1:8000", 16, 8),
+    (2000, "concurrency", "http://10.0.0.9:8000", 8, 7),
+    (600, "concurrency", "http://10.0.0.9:8000", 8, 3),  # as many as are needed
+    (1200, "rate", "https://llm.example", 8, 3),
+    (5000, "rate", None, 1, 1),
+])
+def test_auto_takes_the_processes_that_the_load_needs_and_the_host_has(
+        most: float, axis: str, base_url: str | None, cores: int, processes: int) -> None:
+    assert options.processes_of(options.AUTO, most, axis, base_url, cores) == processes
+    assert options.processes_of(5, most, axis, base_url, cores) == 5
+
+
+@pytest.mark.parametrize("word", ["0", "65", "many", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(word: str, tmp_path: Path) -> None:
+    said = loadgen("run", "mixed", "--concurrency", "1", "--processes", word, cwd=tmp_path)
+    assert said.code == USAGE
+    assert "write a number from 1 to 64, or auto" in said.all
