@@ -142,6 +142,7 @@ def _generator(window: Window, j: Judgement) -> dict[str, object]:
         "late_p99_s": books.late_p99_s if enough else None, "late_max_s": books.late_max_s,
         "lag_p99_s": window.lag_p99_s, "cpu_frac": window.cpu_frac,
         "run_queue_frac": _most(h.run_queue_frac for h in shards),
+        "run_queue_each_s": _most(h.run_queue_each_s for h in shards),
         "dropped": j.outcomes.get(Outcome.DROPPED.value, 0), "stalls": len(stalls),
         "stall_s": sum(b - a for a, b in stalls) / 1e9,
         "gc_pause_s": _most(h.gc_pause_s for h in shards), "fds": _most(h.fds for h in shards),

@@ -86,8 +86,11 @@ def _generator(r: Mapping[Any, Any]) -> list[str]:
         f"{100 * r['little_residual']:+.1f} % (± {100 * r['little_tolerance']:.1f} %)")
     counts = [number(r[f"server_{x}_ratio"]) for x in ("requests", "prompt_tok", "output_tok")]
     fds = "–" if pd.isna(r["fds"]) else f"{r['fds']:.0f} of {r['fd_limit']:.0f}"
+    core = percent(r["run_queue_frac"])
+    if not pd.isna(r["run_queue_each_s"]):
+        core += f", {duration(r['run_queue_each_s'])} each"
     return [str(r["leg"]), _tail(r, "late"), duration(r["lag_p99_s"]), percent(r["cpu_frac"]),
-            percent(r["run_queue_frac"]), number(r["dropped"], ".0f"),
+            core, number(r["dropped"], ".0f"),
             duration(r["stall_s"]) if r["stalls"] else "0", duration(r["gc_pause_s"]), fds,
             _tail(r, "connect"), percent(there), little,
             "–" if set(counts) == {"–"} else " / ".join(counts)]

@@ -36,7 +36,8 @@ class Health(Struct, frozen=True, omit_defaults=True):
     shard: int
     lag_p99_s: float | None = None  # how late its event loop came round to a probe
     cpu_frac: float | None = None  # of one core
-    run_queue_frac: float | None = None  # of the time: ready to run, and no core was free
+    run_queue_frac: float | None = None  # of the time: ready to run, and no core was free …
+    run_queue_each_s: float | None = None  # … and how long each time, in the mean
     gc_pause_s: float = 0.0  # all pauses of Python's garbage collector …
     gc_pause_max_s: float = 0.0  # … and the longest
     fds: int | None = None  # descriptors that were open at once, as far as was looked

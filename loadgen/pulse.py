@@ -29,7 +29,7 @@ class Pulse:
         self.stalls: list[tuple[int, int]] = []
         self._t0_ns = t0_ns
         self._lags: list[float] = []
-        self._from: tuple[int, float, int | None] | None = None  # (ns, CPU s, waited ns) at t0
+        self._from: tuple[int, float, tuple[int, int] | None] | None = None  # t0: ns, CPU s, waits
         self._beats_ns, self._inflight = array("q"), array("q")
         self._pauses_ns: list[int] = []
         self._pause_from_ns = 0
@@ -47,7 +47,7 @@ class Pulse:
         """The loop went to sleep for PROBE_S at `slept_ns` and woke up now, with so many requests
         in flight (None: nobody counts them)."""
         if now_ns >= self._t0_ns and self._from is None:
-            self._from = (now_ns, time.process_time(), waited_ns())
+            self._from = (now_ns, time.process_time(), waits())
         late_s = (now_ns - slept_ns) / 1e9 - PROBE_S
         self._lags.append(late_s)
         if inflight is not None:
@@ -63,9 +63,11 @@ class Pulse:
     def health(self, shard: int, now_ns: int, from_ns: int, to_ns: int) -> Health:
         """Of the leg so far, whose window is from_ns … to_ns."""
         self.look()
+        run_queue_frac, each_s = self._run_queue(now_ns)
         return Health(
             shard=shard, lag_p99_s=self.lag_p99_s(), cpu_frac=self.cpu_frac(now_ns),
-            run_queue_frac=self._run_queue_frac(now_ns), gc_pause_s=sum(self._pauses_ns) / 1e9,
+            run_queue_frac=run_queue_frac, run_queue_each_s=each_s,
+            gc_pause_s=sum(self._pauses_ns) / 1e9,
             gc_pause_max_s=max(self._pauses_ns, default=0) / 1e9, fds=self._fds,
             fd_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             inflight_s=self._inflight_s(from_ns, to_ns))
@@ -82,13 +84,16 @@ class Pulse:
         since_ns, cpu_s, _ = self._from
         return (time.process_time() - cpu_s) / ((now_ns - since_ns) / 1e9)
 
-    def _run_queue_frac(self, now_ns: int) -> float | None:
-        """Likewise."""
-        waited = waited_ns()
+    def _run_queue(self, now_ns: int) -> tuple[float | None, float | None]:
+        """Share of the time, likewise, and seconds each time."""
+        now = waits()
         if self._from is None or now_ns - self._from[0] < 1_000_000_000:
-            return None
+            return None, None
         since_ns, _, before = self._from
-        return None if waited is None or before is None else (waited - before) / (now_ns - since_ns)
+        if now is None or before is None:
+            return None, None
+        waited_ns, times = now[0] - before[0], now[1] - before[1]
+        return waited_ns / (now_ns - since_ns), waited_ns / max(times, 1) / 1e9
 
     def _inflight_s(self, from_ns: int, to_ns: int) -> float | None:
         """Requests in flight, integrated: straight lines between beats, the last one held on."""
@@ -107,12 +112,14 @@ class Pulse:
             self._pauses_ns.append(time.monotonic_ns() - self._pause_from_ns)
 
 
-def waited_ns() -> int | None:
-    """How long this process has been ready to run while it had no core, so far."""
+def waits() -> tuple[int, int] | None:
+    """How long this process has been ready to run while it had no core, so far, ns; and how often
+    it ran."""
     try:
-        return int(_SCHEDSTAT.read_text().split()[1])
-    except (OSError, ValueError, IndexError):
+        _, waited_ns, times = map(int, _SCHEDSTAT.read_text().split())
+    except (OSError, ValueError):
         return None
+    return waited_ns, times
 
 
 def open_fds() -> int:

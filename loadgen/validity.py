@@ -23,6 +23,7 @@ LAG_SUSPECT_S = 0.020  # stamps are taken by the loop: its lag is in each of the
 LAG_OF_ANSWER = 0.05  # … unless they are the kernel's: then it only delays a slot's next request
 RUN_QUEUE_SUSPECT = 0.10  # at one instant in ten it wanted a core and had none: p90 holds it …
 RUN_QUEUE_INVALID = 0.50  # … and here it waits more than it works: the median does
+RUN_QUEUE_S = 0.0005  # each time: on a free core it is 0.1 ms, which delays nothing however often
 GC_SUSPECT = 0.01  # of the time: from here on p99 meets a pause …
 GC_PAUSE_S = 0.005  # … if that is one that can be felt; short ones are but CPU
 FDS_SUSPECT = 0.90  # of the limit: a burst of a tenth more connections would be dropped
@@ -158,11 +159,13 @@ def _lag(leg: Leg, window: Window, records: Sequence[RequestRecord]) -> list[Fin
 def _shards(window: Window) -> list[Finding]:
     """Of each rule, the process that is worst off."""
     found = []
-    waits = [(h.run_queue_frac, h) for h in window.shards if h.run_queue_frac is not None]
+    waits = [(h.run_queue_frac, h) for h in window.shards if h.run_queue_frac is not None
+             and h.run_queue_each_s is not None and h.run_queue_each_s > RUN_QUEUE_S]
     if waits and (worst := max(waits, key=lambda x: x[0]))[0] > RUN_QUEUE_SUSPECT:
         found.append(Finding(
             "run-queue", "INVALID" if worst[0] > RUN_QUEUE_INVALID else "SUSPECT",
-            f"{_process(worst[1])} was ready to run and had no core for {worst[0]:.0%} of the time",
+            f"{_process(worst[1])} was ready to run and had no core for {worst[0]:.0%} of the "
+            f"time, {1000 * (worst[1].run_queue_each_s or 0):.2g} ms each time",
             "end what else runs on this host, or give the generator cores of its own (taskset)"))
     life_s = max(window.end_ns - window.t0_ns, 1) / 1e9
     paused = max(window.shards, key=lambda h: h.gc_pause_s, default=None)

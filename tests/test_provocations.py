@@ -16,7 +16,7 @@ import pytest
 
 from loadgen import cli
 from loadgen.judge import is_due, sample_of
-from loadgen.pulse import waited_ns
+from loadgen.pulse import waits
 from loadgen.record import Outcome
 from loadgen.store import RunFolder
 from tests.test_cli import Said, loadgen, start
@@ -121,7 +121,7 @@ def test_a_generator_that_was_stopped_for_a_while_voids_what_lived_through_it(
     assert not any(r.due_ns < b and r.end_ns > a for r in sample for a, b in window.stalls)
 
 
-@pytest.mark.skipif(waited_ns() is None, reason="this kernel tells nobody who waits for a core")
+@pytest.mark.skipif(waits() is None, reason="this kernel tells nobody who waits for a core")
 def test_a_core_that_others_use_is_no_limit_of_the_servers(tmp_path: Path) -> None:
     core = max(os.sched_getaffinity(0))
     with start("run", "smoke", "--concurrency", "64", "--duration", "5s", "--out", "r",

@@ -10,7 +10,7 @@ import pytest
 
 from loadgen import pulse
 from loadgen.leg import Health
-from loadgen.pulse import PROBE_S, Pulse, open_fds, waited_ns
+from loadgen.pulse import PROBE_S, Pulse, open_fds, waits
 
 S = 1_000_000_000
 
@@ -120,24 +120,27 @@ def test_at_the_limit_all_descriptors_are_open() -> None:
 
 
 @pytest.mark.parametrize(("said", "waited"), [
-    ("1005437561 2059950 10\n", 2059950), ("", None), ("12\n", None), ("a b c\n", None)])
+    ("1005437561 2059950 10\n", (2059950, 10)), ("", None), ("12\n", None), ("a b c\n", None)])
 def test_the_wait_for_a_core_is_the_kernels_second_number(
-        said: str, waited: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        said: str, waited: tuple[int, int] | None, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "schedstat").write_text(said)
     monkeypatch.setattr(pulse, "_SCHEDSTAT", tmp_path / "schedstat")
-    assert waited_ns() == waited
+    assert waits() == waited
     monkeypatch.setattr(pulse, "_SCHEDSTAT", tmp_path / "nosuch")
-    assert waited_ns() is None
+    assert waits() is None
 
 
 def test_the_wait_for_a_core_is_a_share_of_the_legs_clock(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = tmp_path / "schedstat"
     monkeypatch.setattr(pulse, "_SCHEDSTAT", said)
-    said.write_text(f"0 {7 * S} 1")
+    said.write_text(f"0 {7 * S} 1000")
     made = beats(Pulse(10 * S), (9.99, 0), (10, 0))  # what came before the leg is not its own
-    said.write_text(f"0 {8 * S} 1")
+    said.write_text(f"0 {8 * S} 1500")
     assert made.health(0, 10 * S + S // 2, 0, S).run_queue_frac is None  # too short to say
-    assert made.health(0, 20 * S, 0, S).run_queue_frac == pytest.approx(0.1)
+    told = made.health(0, 20 * S, 0, S)
+    assert told.run_queue_frac == pytest.approx(0.1)
+    assert told.run_queue_each_s == pytest.approx(0.002)
     said.write_text("")
     assert made.health(0, 20 * S, 0, S).run_queue_frac is None

@@ -21,7 +21,7 @@ from loadgen.errors import GeneratorError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
 from loadgen.net import now_ns
-from loadgen.pulse import waited_ns
+from loadgen.pulse import waits
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, to_plain
 from loadgen.shard import LEASE_S, Command, Frame, Setup
@@ -197,7 +197,7 @@ def test_each_shard_tells_how_it_was(tmp_path: Path) -> None:
     for h in window.shards:
         assert h.cpu_frac is not None
         assert h.lag_p99_s is not None
-        assert (h.run_queue_frac is None) == (waited_ns() is None)
+        assert (h.run_queue_frac is None) == (waits() is None)
         assert h.gc_pause_s == 0.0  # it is switched off
         assert h.fds is not None
         assert h.fd_limit is not None

@@ -19,6 +19,7 @@ import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadgen.telemetry.server import NAMES
 from servers.sim import faults, text
 from servers.sim.__main__ import main
 from servers.sim.app import Server
@@ -321,6 +322,9 @@ def test_metrics_agree_with_the_usage_that_clients_saw() -> None:
             assert seen["vllm:prefix_cache_hits_total"] > 0
             assert seen["vllm:num_requests_running"] == seen["vllm:num_requests_waiting"] == 0
             assert seen["sim:steps_total"] > 0
+            assert seen["sim:late_steps_total"] >= 0
+            said = {name.partition("|")[0] for name in seen}
+            assert {x for x in NAMES if x.startswith("sim:")} <= said  # what a sweep looks for
             assert seen["sim:lag_seconds"] >= 0
     run(test())
 

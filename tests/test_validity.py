@@ -61,7 +61,7 @@ def test_a_good_leg_has_no_findings(leg: Any) -> None:
     assert found(leg) == {}
     assert found(leg, lag_p99_s=None, cpu_frac=None) == {}
     assert found(leg, alone=True, counted=Counted(200, 200 * 300, 400), shards=[
-        Health(0, 0.001, 0.2, 0.02, 0.0, 0.0, 40, 1024, 0, 131072, 200.0)]) == {}
+        Health(0, 0.001, 0.2, 0.02, 0.002, 0.0, 0.0, 40, 1024, 0, 131072, 200.0)]) == {}
 
 
 def test_a_leg_without_a_request_has_none_but_that_an_open_loop_sent_nothing() -> None:
@@ -159,10 +159,15 @@ def test_one_stamp_of_the_clients_own_carries_its_lag() -> None:
 @pytest.mark.parametrize(("frac", "verdict"), [
     (None, None), (0.1, None), (0.101, "SUSPECT"), (0.5, "SUSPECT"), (0.501, "INVALID")])
 def test_a_process_that_waits_for_a_core_is_named(frac: Any, verdict: Any) -> None:
-    shards = [Health(0, run_queue_frac=0.01), Health(1, run_queue_frac=frac)]
+    shards = [Health(0, run_queue_frac=0.01, run_queue_each_s=0.002),
+              Health(1, run_queue_frac=frac, run_queue_each_s=0.00051)]
     said = found(shards=shards).get("run-queue")
     assert (said.verdict if said else None) == verdict
     assert said is None or "generator process 1" in said.says
+
+
+def test_many_short_waits_for_a_core_delay_nothing() -> None:
+    assert found(shards=[Health(0, run_queue_frac=0.9, run_queue_each_s=0.0005)]) == {}
 
 
 @pytest.mark.parametrize(("pause_s", "longest_s", "verdict"), [
@@ -434,8 +439,8 @@ def test_prompts_that_nobody_counted_are_not_compared() -> None:
 def test_every_finding_says_what_and_what_to_do() -> None:
     dropped = record(outcome=Outcome.DROPPED, first_ns=None, gaps_us=[])
     late = record(900 * MS, 950 * MS, tok_source="events", prompt_tok=900)
-    shard = Health(0, run_queue_frac=0.9, gc_pause_s=9, gc_pause_max_s=1, fds=64, fd_limit=64,
-                   full_reads=99, rcvbuf_bytes=4608)
+    shard = Health(0, run_queue_frac=0.9, run_queue_each_s=0.01, gc_pause_s=9, gc_pause_max_s=1,
+                   fds=64, fd_limit=64, full_reads=99, rcvbuf_bytes=4608)
     said = found(OPEN, [late] * 10 + [dropped], 0.5, Counted(10, 1, 1), cpu_frac=1.0,
                  lag_p99_s=1.0, ending="failed", stalls=[(6 * S, 7 * S)], shards=[shard],
                  alone=True)
