@@ -116,12 +116,12 @@ def on_core(core: int, niceness: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def server(mode: Mode, log: Path | None) -> Iterator[int]:
+def server(mode: Mode, log: Path | None, core: int = SERVER_CORE) -> Iterator[int]:
     """A null server for the mode; its port. The log is there when the context has ended."""
     words = [sys.executable, "-m", "servers.null",
              "--ttft-ms", str(mode.ttft_ms), "--itl-ms", str(mode.itl_ms),
              "--coalesce", str(mode.coalesce), "--realtime", *(("--log", str(log)) if log else ())]
-    with on_core(SERVER_CORE, 0):
+    with on_core(core, 0):
         process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    text=True)
     assert process.stdin is not None
