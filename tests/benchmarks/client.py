@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.benchmarks.harness import HERE, Mode, Run, Tool, measure
+from tests.benchmarks.harness import CLIENT_CORE, HERE, Mode, Run, Tool, measure
 
 _SIZE = ("--port", "{port}", "--streams", "{streams}", "--each", "{each}", "--tokens", "{tokens}",
          "--out", "{out}")
@@ -51,7 +51,7 @@ def quick(mode: Mode) -> Mode:
 
 def tools(args: argparse.Namespace) -> list[Tool]:
     reference = (sys.executable, str(HERE / "reference_clients.py"))
-    ours = (sys.executable, str(HERE / "ours.py"), "--core", "1", *_SIZE)
+    ours = (sys.executable, str(HERE / "ours.py"), "--core", str(CLIENT_CORE), *_SIZE)
     loadgen = (str(Path(sys.executable).parent / "loadgen"), "run", "{folder}/bench.toml",
                "--base-url", "http://127.0.0.1:{port}", "--no-report", "--num-prompts", "{n}",
                "--seed", "7", "--out", "{folder}/run")
