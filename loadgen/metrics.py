@@ -20,7 +20,8 @@ N = TypeVar("N", float, Floats)
 
 TERMS = {
     "due": "open loop: the planned instant; closed loop: the instant the slot became free",
-    "lateness": "sent − due: the generator's own fault, never the server's",
+    "lateness": "sent − due: the generator's own fault, never the server's, but for a wait for a "
+                "connection, which is told apart",
     "TTFT": "first − due; first = first token event, also one whose text is empty",
     "TPOT": "(last − first) / (output tokens − 1), per request of at least 2 tokens",
     "ITL": "gaps between token events, pooled; where an event holds several tokens, an event gap",
