@@ -18,8 +18,9 @@ FIRST = 11  # columns of steps.HEADS that fit a page together
 MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemptions", "prefix hits",
         "GPU GiB", "GPU busy")
 GENERATOR = ("leg", "sent late, p99", "loop lag, p99", "CPU", "waited for a core", "dropped",
-             "stood still", "GC", "descriptors", "connecting, p99", "load that was there",
-             "Little's law", "server counts: requests / prompt / output tokens")
+             "stood still", "GC", "descriptors")
+ADDS_UP = ("leg", "connecting, p99", "load that was there", "Little’s law",
+           "server counts: requests / prompt / output tokens")
 
 
 def of(run: Run, answer: Answer) -> Iterator[str]:
@@ -41,6 +42,7 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
            "full. Little’s law: what it counted in flight against what its records add up to (± "
            "what may be chance). Server counts: against the records; 1 is the same.</p>")
     yield _table(GENERATOR, map(_generator, rows))
+    yield _table(ADDS_UP, map(_adds_up, rows))
     if len(run.frame):
         yield "<h2>By class</h2>"
         yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
@@ -81,25 +83,29 @@ def _more(r: Mapping[Any, Any]) -> list[str]:
 
 
 def _generator(r: Mapping[Any, Any]) -> list[str]:
+    fds = "–" if pd.isna(r["fds"]) else f"{r['fds']:.0f} of {r['fd_limit']:.0f}"
+    core = percent(r["run_queue_frac"])
+    if not pd.isna(r["run_queue_each_s"]):
+        core += f", {1000 * r['run_queue_each_s']:.2g} ms each"
+    return [str(r["leg"]), _tail(r, "late"), duration(r["lag_p99_s"]), percent(r["cpu_frac"]),
+            core, number(r["dropped"], ".0f"), duration(r["stall_s"]) if r["stalls"] else "0",
+            duration(r["gc_pause_s"]), fds]
+
+
+def _adds_up(r: Mapping[Any, Any]) -> list[str]:
     there = r["slots_frac"] if pd.isna(r["begun_frac"]) else r["begun_frac"]
     little = "–" if pd.isna(r["little_residual"]) else (
         f"{100 * r['little_residual']:+.1f} % (± {100 * r['little_tolerance']:.1f} %)")
     counts = [number(r[f"server_{x}_ratio"]) for x in ("requests", "prompt_tok", "output_tok")]
-    fds = "–" if pd.isna(r["fds"]) else f"{r['fds']:.0f} of {r['fd_limit']:.0f}"
-    core = percent(r["run_queue_frac"])
-    if not pd.isna(r["run_queue_each_s"]):
-        core += f", {duration(r['run_queue_each_s'])} each"
-    return [str(r["leg"]), _tail(r, "late"), duration(r["lag_p99_s"]), percent(r["cpu_frac"]),
-            core, number(r["dropped"], ".0f"),
-            duration(r["stall_s"]) if r["stalls"] else "0", duration(r["gc_pause_s"]), fds,
-            _tail(r, "connect"), percent(there), little,
+    return [str(r["leg"]), _tail(r, "connect"), percent(there), little,
             "–" if set(counts) == {"–"} else " / ".join(counts)]
 
 
 def _tail(r: Mapping[Any, Any], name: str) -> str:
     """The p99; of too few, the largest."""
     p99, most = r[f"{name}_p99_s"], r[f"{name}_max_s"]
-    return duration(p99) if pd.isna(most) or pd.notna(p99) else f"≤ {duration(most)}"
+    return duration(p99) if pd.isna(most) or pd.notna(p99) else (
+        f"≤ {duration(most)}" if most else duration(most))
 
 
 def _classes(run: Run) -> Iterator[list[str]]:
