@@ -7,6 +7,7 @@ Bodies are built ahead of time, in idle moments.
 
 import asyncio
 import functools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -20,11 +21,12 @@ from loadgen.leg import Leg
 from loadgen.net import now_ns
 from loadgen.prompts import Ratio
 from loadgen.record import Outcome, RequestRecord, Shot
-from loadgen.scenario import Closed, Scenario, Slo
+from loadgen.scenario import Closed, Open, Scenario, Slo, Trace
 from loadgen.store import Journal
 
 LOOKAHEAD = 64  # bodies built ahead
 ARM_NS = 50_000_000  # an open loop's start is set so long before it is due …
+OPEN_AHEAD_S = 0.25  # an open loop begins with connections for answers of this length
 ARM_TOGETHER_NS = 10_000_000  # … or a little sooner, with those before it: waking up costs
 
 
@@ -65,7 +67,7 @@ class LegRun:
     async def run(self) -> None:
         """To the end of the last request. Cancelled requests end as CANCELLED records."""
         load = self.leg.load
-        connections = len(self._slots(load)) if isinstance(load, Closed) else 16
+        connections = len(self._slots(load)) if isinstance(load, Closed) else self._in_air(load)
         helpers = [asyncio.create_task(self._prepared.fill()), asyncio.create_task(
             self.work.client.open_connections(min(connections, 512)))]
         helpers[0].add_done_callback(self._landed)
@@ -105,6 +107,12 @@ class LegRun:
         self.work.client.cancel()
 
     # ---------------------------------------------------------------------------------- inside
+
+    def _in_air(self, load: Open | Trace) -> int:
+        """Connections to begin an open loop with: handshakes are dear, and the first ones must not
+        make the next ones late."""
+        rate_rps = load.rate_rps if isinstance(load, Open) else self.leg.value
+        return max(16, math.ceil(OPEN_AHEAD_S * rate_rps / self.work.of))
 
     def _slots(self, load: Closed) -> range:
         return range(self.work.shard, load.concurrency, self.work.of)
