@@ -26,6 +26,8 @@ from loadgen.store import Journal
 
 LOOKAHEAD = 64  # bodies built ahead
 ARM_NS = 50_000_000  # an open loop's start is set so long before it is due …
+BEHIND_NS = 2_000_000_000  # a plan that is further behind at the window's end is given up
+DROP_PAUSE_NS = 100_000_000  # before a slot tries again what this host has no room for
 OPEN_AHEAD_S = 0.25  # an open loop begins with connections for answers of this length
 ARM_TOGETHER_NS = 10_000_000  # … or a little sooner, with those before it: waking up costs
 
@@ -57,6 +59,7 @@ class LegRun:
         self._pending: dict[object, int] = {}  # due instants that somebody sleeps to
         self._armed = self._aloft = 0  # starts that are set, requests that were sent of them …
         self._down = asyncio.Event()  # … all of which have landed
+        self._walked_ns = math.inf if isinstance(leg.load, Closed) else -math.inf  # by due instants
         self.outcomes: Counter[str] = Counter()
         self._from_ns = t0_ns + round(leg.warmup_s * 1e9)
         self._to_ns = (None if leg.measure_s is None or leg.num_sessions is not None
@@ -92,6 +95,8 @@ class LegRun:
         """The measured window is over and all of its requests have ended. Load goes on until
         then: what is measured last must not be served by a server that empties."""
         if self._to_ns is None or now_ns() < self._to_ns or self._awaited:
+            return False
+        if self._walked_ns < self._to_ns and now_ns() < self._to_ns + BEHIND_NS:
             return False
         return all(due_ns >= self._to_ns for due_ns in self._pending.values())
 
@@ -145,15 +150,15 @@ class LegRun:
                 due_ns += round(planned.turns[turn].think_s * 1e9)
                 if not await self._wait_until(due_ns):
                     return
-                await self._send(self._shot(planned, turn, body, due_ns))
-                due_ns = now_ns()
+                outcome = await self._send(self._shot(planned, turn, body, due_ns))
+                due_ns = now_ns() + (DROP_PAUSE_NS if outcome is Outcome.DROPPED else 0)
 
     async def _schedule(self, max_inflight: int) -> None:
         """An open loop: sets each start a little ahead of its instant; it is the loop's alarm that
         sends it, whatever else there is to do."""
         while (ready := self._prepared.next()) is not None:
             planned, bodies = ready
-            due_ns = self.t0_ns + round((planned.due_s or 0.0) * 1e9)
+            self._walked_ns = due_ns = self.t0_ns + round((planned.due_s or 0.0) * 1e9)
             if due_ns - now_ns() < ARM_NS + ARM_TOGETHER_NS:
                 await asyncio.sleep(0)  # who is late must not keep sockets and commands waiting
             elif not await self._wait_until(due_ns - ARM_NS, due_ns):
@@ -165,6 +170,7 @@ class LegRun:
             self._awaited += self._measures(due_ns)
             self.work.client.direct.alarm(due_ns, functools.partial(
                 self._start, planned, bodies, self.work.client.prepare(shot), max_inflight))
+        self._walked_ns = math.inf
         while self._armed and await self._wait_until(now_ns() + ARM_NS):
             pass  # the plan's last starts are yet to come
 
@@ -229,12 +235,13 @@ class LegRun:
                 del self._pending[me]
         return not self.stopping.is_set()
 
-    async def _send(self, shot: Shot) -> None:
+    async def _send(self, shot: Shot) -> Outcome:
         measured = self._measures(shot.due_ns)
         self._awaited += measured
         record = await self.work.client.send(shot)
         self._awaited -= measured
         self._count(record)
+        return record.outcome
 
     def _measures(self, due_ns: int) -> bool:
         return due_ns >= self._from_ns and (self._to_ns is None or due_ns < self._to_ns)

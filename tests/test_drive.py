@@ -1,6 +1,7 @@
 """One leg in one process: starts on time, slots that stay full, ends that lose nothing."""
 
 import asyncio
+import errno
 import itertools
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 
 from loadgen import metrics, net, plan, prompts, scenario
 from loadgen.client import Client
+from loadgen.connection import Connection
 from loadgen.drive import LegRun, Work
 from loadgen.errors import StoreError
 from loadgen.leg import Leg
@@ -385,6 +387,41 @@ def test_all_that_is_due_in_the_window_is_sent_before_the_leg_is_complete(tmp_pa
     due = [r for r in records if r.due_ns < running.t0_ns + S]
     assert len(due) == running.sampled == 20
     assert {r.outcome for r in due} == {Outcome.OK}
+
+
+def test_a_plan_that_is_behind_at_the_windows_end_is_walked_to_it(tmp_path: Path) -> None:
+    """Its last start was due 0.1 s before the generator came to the first."""
+    async def test() -> None:
+        async with (RawServer(lambda _: good()) as server,
+                    working(tmp_path, server.url) as work):
+            running = LegRun(work, leg(constant(200), measure_s=0.5), now_ns() - 6 * S // 10)
+            legs = asyncio.create_task(running.run())
+            await until(lambda: running.complete)
+            running.cancel()
+            await legs
+            assert running.sampled == 100
+    run(test())
+
+
+def test_a_slot_that_this_host_has_no_room_for_does_not_spin(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(_: Client) -> Connection:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(Client, "connection", full)
+
+    async def test() -> None:
+        async with working(tmp_path, "http://127.0.0.1:9") as work:
+            running = LegRun(work, leg(Closed(concurrency=1)), now_ns())
+            legs = asyncio.create_task(running.run())
+            await asyncio.sleep(0.35)
+            running.cancel()
+            await legs
+    run(test())
+    records = kept(tmp_path)
+    assert {r.outcome for r in records} == {Outcome.DROPPED}
+    assert all(b.due_ns - a.end_ns >= S // 10 for a, b in itertools.pairwise(records))
+    assert len(records) >= 2
 
 
 def test_a_request_that_misses_its_limit_is_sampled_but_not_good(tmp_path: Path) -> None:
