@@ -2,12 +2,14 @@
 
     python -m tests.benchmarks.client                  about 20 minutes; --quick: about one
     python -m tests.benchmarks.client --modes paced256,blast --json figures.json
-    python -m tests.benchmarks.client --before /tmp/old-checkout --with-vllm /tmp/vllmenv/bin/vllm
+    python -m tests.benchmarks.client --before /tmp/old-checkout
+    python -m tests.benchmarks.client --with-vllm BIN --with-guidellm BIN --with-aiperf BIN \
+        --tokenizer FOLDER
 
 Clients: `epoll` and `naive` (reference_clients.py), `ours` (a real shard process), `loadgen run`
-as a whole, `before` (ours of another checkout), `vllm` (vllm bench serve). They take turns, and
-all of it is repeated: medians are printed, and how far repeats lie apart. Runs in which the server
-was late or the core was shared (†) count only where there is no other.
+as a whole, `before` (ours of another checkout), `vllm` (vllm bench serve), `guidellm`, `aiperf`.
+They take turns, and all of it is repeated: medians are printed, and how far repeats lie apart. Runs
+in which the server was late or the core was shared (†) count only where there is no other.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+from tests.benchmarks import peers
 from tests.benchmarks.harness import CLIENT_CORE, HERE, Mode, Run, Tool, measure
 
 _SIZE = ("--port", "{port}", "--streams", "{streams}", "--each", "{each}", "--tokens", "{tokens}",
@@ -58,18 +61,18 @@ def tools(args: argparse.Namespace) -> list[Tool]:
     known = [Tool("epoll", (*reference, "epoll", *_SIZE), open_loop=None),
              Tool("naive", (*reference, "naive", *_SIZE)),
              Tool("ours", ours, pinned=False),
-             Tool("run", loadgen, marks=False, load=("--concurrency", "{streams}"))]
+             Tool("run", loadgen, marks=False, load=("--concurrency", "{streams}"),
+                  codes=(0, 1), reads=peers.of_loadgen)]  # 1: the SLO was not met
     if args.before:
         known.append(Tool("before", ours, pinned=False, checkout=args.before.resolve()))
-    if args.with_vllm:
-        known.append(Tool("vllm", (
-            str(args.with_vllm), "bench", "serve", "--backend", "openai-chat", "--base-url",
-            "http://127.0.0.1:{port}", "--endpoint", "/v1/chat/completions", "--model", "tiny",
-            "--tokenizer", str(args.tokenizer), "--dataset-name", "random",
-            "--random-input-len", "64", "--random-output-len", "{tokens}", "--ignore-eos",
-            "--num-prompts", "{n}", "--disable-tqdm"), marks=False,
-            load=("--max-concurrency", "{streams}"), open_loop=("--request-rate", "{rate}")))
+    known += [peers.PEERS[name](binary, args.tokenizer)
+              for name, binary in given_peers(args).items()]
     return [tool for tool in known if not args.clients or tool.name in args.clients]
+
+
+def given_peers(args: argparse.Namespace) -> dict[str, Path]:
+    return {name: binary.absolute() for name in peers.PEERS
+            if (binary := getattr(args, f"with_{name}"))}
 
 
 def run_all(modes: Sequence[Mode], clients: Sequence[Tool], repeats: int) -> list[Run]:
@@ -107,7 +110,8 @@ def table(runs: Sequence[Run]) -> str:
     clients = list(dict.fromkeys(run.client for run in runs))
     modes = list(dict.fromkeys(run.mode for run in runs))
     parts = [_costs(runs, clients, modes), _accuracy(runs, clients, modes),
-             _open(runs, clients, modes), _processes(runs, clients)]
+             _reports(runs, clients, modes), _open(runs, clients, modes),
+             _processes(runs, clients)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -123,8 +127,8 @@ def middle(runs: Sequence[Run], of: Callable[[Run], float | None]) -> float | No
 
 
 def _costs(runs: Sequence[Run], clients: Sequence[str], modes: Sequence[str]) -> str:
-    lines = ["CPU, µs per SSE event from the clock's start to the process's end (run, vllm: to the "
-             "last answer): median [min–max] of n, × epoll, × naive", "",
+    lines = ["CPU, µs per SSE event from the clock's start to the process's end (run and other "
+             "tools: to the last answer): median [min–max] of n, × epoll, × naive", "",
              "| client | " + " | ".join(modes) + " |", "|---" * (len(modes) + 1) + "|"]
     for client in clients:
         cells = [_cost(runs, client, mode) for mode in modes]
@@ -167,6 +171,32 @@ def _accuracy(runs: Sequence[Run], clients: Sequence[str], modes: Sequence[str])
     return "\n".join(lines) if len(lines) > 4 else ""
 
 
+def _reports(runs: Sequence[Run], clients: Sequence[str], modes: Sequence[str]) -> str:
+    lines = ["What each client itself reports against the server's log, deviation in % (medians "
+             "over repeats). TTFT counts from the send, of `run` from when the request was due. "
+             "Inter-token: gaps between events; of `texts`: between events with text; of `means`: "
+             "the mean gap of each request, in which a late read does not show", "",
+             "| mode | client | TTFT p50 | TTFT p99 | inter-token p99 | requests: reported / "
+             "arrived / asked |", "|---|---|---|---|---|---|"]
+    for mode in modes:
+        for client in clients:
+            kept = good(runs, client, mode)
+            found = [run.deviation for run in kept if run.deviation is not None]
+            if not found:
+                continue
+            cells = []
+            for name in ("ttft_p50_pct", "ttft_p99_pct", "gap_p99_pct"):
+                off = [x for one in found if (x := getattr(one, name)) is not None]
+                cells.append(f"{statistics.median(off):+.1f}" if off else "–")
+            cells[-1] += f" ({found[0].gap})" if found[0].gap != "events" else ""
+            counts = [sum(getattr(one, name) for one in found)
+                      for name in ("reported", "arrived", "asked")]
+            mark = "†" if kept[0].doubtful else ""
+            lines.append(f"| {mode} | {client}{mark} | {' | '.join(cells)} | "
+                         f"{' / '.join(map(str, counts))} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
 def _open(runs: Sequence[Run], clients: Sequence[str], modes: Sequence[str]) -> str:
     lines = ["Open loop, by the server's kernel-stamped arrivals (medians over repeats). KS: p of "
              "the gaps against exponential ones; of the plan itself", "",
@@ -191,12 +221,13 @@ def _open(runs: Sequence[Run], clients: Sequence[str], modes: Sequence[str]) -> 
 
 
 def _processes(runs: Sequence[Run], clients: Sequence[str]) -> str:
-    lines = ["| client | start-up CPU s | CPU after the last answer, s | peak RSS MB |",
-             "|---|---|---|---|"]
+    lines = ["| client | start-up CPU s | CPU after the last answer, s | processes | peak RSS of "
+             "the largest, MB |", "|---|---|---|---|---|"]
     for client in clients:
         mine = [run for run in runs if run.client == client]
+        processes = max((r.processes for r in mine if r.processes), default="–")
         lines.append(f"| {client} | {statistics.median(r.start_up_cpu_s for r in mine):.2f} | "
-                     f"{statistics.median(r.post_cpu_s for r in mine):.2f} | "
+                     f"{statistics.median(r.post_cpu_s for r in mine):.2f} | {processes} | "
                      f"{max(r.rss_mb for r in mine):.0f} |")
     return "\n".join(lines)
 
@@ -209,11 +240,13 @@ def main() -> None:
     options.add_argument("--clients", type=lambda s: s.split(","), default=[])
     options.add_argument("--before", type=Path, help="another checkout of loadgen")
     options.add_argument("--with-vllm", type=Path, help="its `vllm`, for vllm bench serve")
-    options.add_argument("--tokenizer", type=Path, help="a local folder, for vllm bench serve")
+    options.add_argument("--with-guidellm", type=Path, help="its `guidellm`")
+    options.add_argument("--with-aiperf", type=Path, help="its `aiperf`")
+    options.add_argument("--tokenizer", type=Path, help="a local folder, for these three")
     options.add_argument("--json", type=Path, help="every run's figures")
     args = options.parse_args()
-    if args.with_vllm and not args.tokenizer:
-        options.error("--with-vllm needs --tokenizer FOLDER")
+    if given_peers(args) and not args.tokenizer:
+        options.error("--with-… needs --tokenizer FOLDER")
     modes = [mode for mode in MODES if not args.modes or mode.name in args.modes]
     if args.quick:
         modes = [quick(mode) for mode in modes if args.modes or mode.name in (
@@ -221,7 +254,9 @@ def main() -> None:
     began = time.monotonic()
     runs = run_all(modes, tools(args), args.repeats or (1 if args.quick else 3))
     host = {"cpu_count": os.cpu_count(), "load": os.getloadavg(), "kernel": platform.release(),
-            "python": platform.python_version(), "took_s": round(time.monotonic() - began)}
+            "python": platform.python_version(),
+            "peers": {name: peers.version(name, at) for name, at in given_peers(args).items()},
+            "took_s": round(time.monotonic() - began)}
     if args.json:
         args.json.write_text(json.dumps(
             {"command": sys.argv, "host": host, "runs": msgspec.to_builtins(runs)}, indent=1))

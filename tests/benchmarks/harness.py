@@ -6,19 +6,18 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from servers.null import log as logs
 from servers.null.log import Accuracy, Seen, Truth
 from tests.benchmarks import truth
-from tests.benchmarks.truth import Arrivals
+from tests.benchmarks.truth import Arrivals, Deviation, Reported
+from tests.benchmarks.usage import Cpu, core_busy_s, wait
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -37,7 +36,6 @@ prompt_tokens = 64
 output_tokens = {}
 sampling = {{ ignore_eos = true }}
 """  # the same mix as in ours.py, for `loadgen run`
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,8 @@ class Mode:
 class Run:
     """One client in one mode. `us_per_event`: CPU from the clock's start to the process's end, per
     SSE event; of a tool without marks (it may write a report) to the last answer, and the rest is
-    `post_cpu_s`. `foreign_frac`: of the client's core, used by others meanwhile."""
+    `post_cpu_s`. `foreign_frac`: of the client's core, used by others meanwhile. `rss_mb` is of
+    the largest of its `processes`."""
 
     client: str
     mode: str
@@ -77,6 +76,8 @@ class Run:
     stalls: int
     accuracy: Accuracy | None = None
     arrivals: Arrivals | None = None
+    deviation: Deviation | None = None
+    processes: int | None = None  # at once, at most
     outcomes: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -89,15 +90,19 @@ class Run:
 class Tool:
     """How a client is started. `marks`: it says itself when its clock began and its CPU by then;
     else both are taken when the first request for the mode's tokens arrives. `pinned`: by us;
-    ours pins its own child."""
+    ours pins its own child. `reads`: what it reports, from its files in {folder}; may raise
+    OSError, LookupError, TypeError, ValueError."""
 
     name: str
-    command: tuple[str, ...]  # {port}, {streams}, {each}, {n}, {tokens}, {out}, {rate}
+    command: tuple[str, ...]  # {port}, {streams}, {each}, {n}, {tokens}, {out}, {rate}, {folder}
     marks: bool = True
     pinned: bool = True
     checkout: Path | None = None  # of loadgen, to run another than this one
     load: tuple[str, ...] = ()  # of a closed loop
     open_loop: tuple[str, ...] | None = ("--rate", "{rate}")  # of an open one; None: it has none
+    env: Mapping[str, str] = field(default_factory=dict)
+    codes: tuple[int, ...] = (0,)  # with which it ends well
+    reads: Callable[[Path], Reported] | None = None
 
 
 @contextlib.contextmanager
@@ -157,13 +162,24 @@ def measure(tool: Tool, mode: Mode) -> Run:
         with server(mode, log) as port, busy(mode.busy):
             said = _run(tool, mode, port, Path(folder), out)
         known = logs.load(log).of(mode.tokens)
+        if not len(known.requests):
+            raise RuntimeError(f"no request arrived:\n{said.text[-2000:]}")
         seen = truth.load_seen(out) if out.exists() else []
-    if not len(known.requests):
-        raise RuntimeError(f"{tool.name}: no request arrived:\n{said.text[-2000:]}")
-    return _run_of(tool, mode, known, seen, said)
+        reported = _reported(tool, Path(folder), seen)
+    return _run_of(tool, mode, known, seen, said, reported)
 
 
-def _run_of(tool: Tool, mode: Mode, known: Truth, seen: list[Seen], said: "_Said") -> Run:
+def _reported(tool: Tool, folder: Path, seen: list[Seen]) -> Reported | None:
+    if tool.reads is None:
+        return truth.reported(seen)
+    try:
+        return tool.reads(folder)
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        raise RuntimeError(f"its results cannot be read: {e!r}") from e
+
+
+def _run_of(tool: Tool, mode: Mode, known: Truth, seen: list[Seen], said: "_Said",
+            reported: Reported | None) -> Run:
     marks = truth.marks(said.text)
     usage = marks.get("usage", said.usage)
     end_s = usage["cpu_s"]
@@ -183,14 +199,16 @@ def _run_of(tool: Tool, mode: Mode, known: Truth, seen: list[Seen], said: "_Said
         stalls=len(known.stalls),
         accuracy=logs.accuracy(known, seen) if seen and paced else None,
         arrivals=truth.arrivals(known, seen, mode.rate_rps) if mode.rate_rps else None,
-        outcomes=marks.get("outcomes", {}))
+        deviation=(truth.deviation(known, reported, mode.streams * mode.each)
+                   if reported and mode.is_paced else None),
+        processes=said.cpu.processes, outcomes=marks.get("outcomes", {}))
 
 
 @dataclass(frozen=True)
 class _Said:
     text: str
     usage: dict[str, float]
-    cpu: "_Cpu"
+    cpu: Cpu
     foreign_frac: float
 
 
@@ -200,63 +218,24 @@ def _run(tool: Tool, mode: Mode, port: int, folder: Path, out: Path) -> _Said:
              "n": mode.streams * mode.each, "out": out, "rate": mode.rate_rps, "folder": folder}
     given = tool.command + ((tool.open_loop or ()) if mode.rate_rps else tool.load)
     command = [word.format(**words) for word in given]
-    env, cwd = dict(os.environ), ROOT
+    env, cwd = {**os.environ, **tool.env}, ROOT
     if tool.checkout is not None:
         env["PYTHONPATH"], cwd = str(tool.checkout), tool.checkout
     (folder / "bench.toml").write_text(_SCENARIO.format(mode.tokens))
-    core_from, at = _core_busy_s(CLIENT_CORE), time.monotonic()
+    core_from, at = core_busy_s(CLIENT_CORE), time.monotonic()
     said = folder / "said.txt"
     with said.open("wb") as f, on_core(CLIENT_CORE if tool.pinned else SERVER_CORE, CLIENT_NICE):
         process = subprocess.Popen(command, cwd=cwd, env=env, stdout=f, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL)
-    cpu = _Cpu(process.pid, not tool.marks)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+                                   stdin=subprocess.DEVNULL, process_group=0)
+    cpu = Cpu(process.pid, not tool.marks)
+    usage = wait(process)
     cpu.stop()
     text = said.read_text(errors="replace")
-    if process.returncode not in (0, 1):  # 1: loadgen's "SLO not met"
-        raise RuntimeError(f"{tool.name} ended with {process.returncode}:\n{text[-3000:]}")
-    used = {"cpu_s": usage.ru_utime + usage.ru_stime, "rss_kb": float(usage.ru_maxrss)}
+    if process.returncode not in tool.codes:
+        raise RuntimeError(f"it ended with {process.returncode}:\n{text[-3000:]}")
+    used = {"cpu_s": max(usage.ru_utime + usage.ru_stime, cpu.last_s),  # not all reap theirs
+            "rss_kb": float(usage.ru_maxrss)}
     own_s = truth.marks(text).get("usage", used)["cpu_s"]
     wall_s = time.monotonic() - at
-    foreign = 0.0 if mode.busy else max(0.0, _core_busy_s(CLIENT_CORE) - core_from - own_s) / wall_s
+    foreign = 0.0 if mode.busy else max(0.0, core_busy_s(CLIENT_CORE) - core_from - own_s) / wall_s
     return _Said(text, used, cpu, foreign)
-
-
-def _core_busy_s(core: int) -> float:
-    """All but idle and iowait."""
-    for line in Path("/proc/stat").read_text().splitlines():
-        if line.startswith(f"cpu{core} "):
-            ticks = [int(x) for x in line.split()[1:9]]
-            return (sum(ticks) - ticks[3] - ticks[4]) / _TICKS
-    return 0.0
-
-
-class _Cpu:
-    """CPU of a process tree over time, looked up ten times a second; for tools that do not say
-    when their clock began."""
-
-    def __init__(self, pid: int, wanted: bool) -> None:
-        self._pid, self._ended = pid, threading.Event()
-        self._seen: list[tuple[int, float]] = [(time.monotonic_ns(), 0.0)]
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        if wanted:
-            self._thread.start()
-
-    def at(self, t_ns: int) -> float:
-        times, used = zip(*self._seen, strict=True)
-        return float(np.interp(t_ns, times, used))
-
-    def stop(self) -> None:
-        self._ended.set()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.1):
-            self._seen.append((time.monotonic_ns(), max(self._seen[-1][1], self._used_s())))
-
-    def _used_s(self) -> float:
-        with contextlib.suppress(psutil.Error):
-            root = psutil.Process(self._pid)
-            used = [one.cpu_times() for one in (root, *root.children(recursive=True))]
-            return float(sum(sum(times[:4]) for times in used))  # with their ended children
-        return 0.0
