@@ -2,7 +2,9 @@
 
 They run as they come, but for: exact answer lengths, the tokenizer from a local folder, no
 telemetry, no progress bars, a result file. guidellm and aiperf are fleets of processes made for
-many cores; on one core their processes also compete with each other.
+many cores; on one core their processes also compete with each other: with
+GUIDELLM__MAX_WORKER_PROCESSES=1 in the environment guidellm took 106 µs per event instead of 184
+(paced64; at paced256 no fewer), and its TTFT was closer.
 """
 
 import json
