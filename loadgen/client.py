@@ -392,9 +392,11 @@ class Flight:
         assert self._ended_ns is not None
         self._fold()
         if self.bug is None:
+            self._client.direct.ring()  # a start may be due meanwhile
             record = self.recorder.end(self._ended_ns, self._failure, self._error)
             if record.error is not None:
                 record.error = self._client.target.scrub(record.error)
             self.record = record
+            self._client.direct.ring()
         landed, self._landed = self._landed, None
         landed()
