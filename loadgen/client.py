@@ -82,6 +82,7 @@ class Client:
     async def send(self, shot: Shot) -> RequestRecord:
         """The record of a request, when it has ended. To give it up, cancel the task: the record
         is then CANCELLED, with what had come."""
+        self.direct.glance()  # many slots may send in one turn of the loop
         flight = self.prepare(shot)
         landed = self.loop.create_future()
         flight.start(lambda: None if landed.done() else landed.set_result(None))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Any, TypeVarTuple, Unpack, cast
 
+_GLANCE_NS = 500_000
 _TFD = 0o4000 | 0o2000000  # non-blocking, close-on-exec
 
 Ts = TypeVarTuple("Ts")
@@ -36,6 +37,7 @@ class Selector(selectors.BaseSelector):
             self._epoll.register(self._timer, select.EPOLLIN | select.EPOLLET)
         self.stir = False  # asyncio has something to do
         self._ringing = False
+        self._looked_ns = 0  # when sockets were looked at last
         self.failed: Callable[[Exception], None] | None = None
 
     # -------------------------------------------------------------------------------- for clients
@@ -76,6 +78,20 @@ class Selector(selectors.BaseSelector):
                     self._say(e)
         finally:
             self._ringing = False
+
+    def glance(self) -> None:
+        """Reads what has come, if nobody has looked for long: a read that is late finds several
+        events, which then share a stamp. For whoever takes many short turns one after the other,
+        outside of readers."""
+        if now_ns() - self._looked_ns < _GLANCE_NS:
+            return
+        for fd, mask in self._epoll.poll(0, 1024):
+            if fd == self._timer:
+                self.stir = True  # it says so only once
+            elif (reader := self._direct.get(fd)) is not None:
+                self._read(fd, mask, reader)
+        self._looked_ns = now_ns()
+        self.ring()
 
     # -------------------------------------------------------------------------------- for asyncio
 
@@ -127,13 +143,7 @@ class Selector(selectors.BaseSelector):
             for fd, mask in poll(wait_s, 1024):
                 reader = readers(fd)
                 if reader is not None:
-                    try:
-                        if mask == 1:  # EPOLLIN
-                            reader()
-                        else:
-                            self._other(fd, mask)
-                    except Exception as e:  # noqa: BLE001  (one reader's bug must not stop the loop)
-                        self._say(e)
+                    self._read(fd, mask, reader)
                     if alarms and now_ns() >= alarms[0][0]:
                         self.ring()
                 elif fd == timer:
@@ -144,9 +154,19 @@ class Selector(selectors.BaseSelector):
                 break
         if alarms:
             self.ring()
+        self._looked_ns = now_ns()
         return found
 
     # ------------------------------------------------------------------------------------- inside
+
+    def _read(self, fd: int, mask: int, reader: Callable[[], None]) -> None:
+        try:
+            if mask == 1:  # EPOLLIN
+                reader()
+            else:
+                self._other(fd, mask)
+        except Exception as e:  # noqa: BLE001  (one reader's bug must not stop the loop)
+            self._say(e)
 
     def _other(self, fd: int, mask: int) -> None:
         """More than something to read: it can be written, or has broken."""
@@ -264,6 +284,9 @@ class Plain:
 
     def ring(self) -> None:
         """Its loop calls them."""
+
+    def glance(self) -> None:
+        """Its loop reads them."""
 
 
 def direct_of(loop: asyncio.AbstractEventLoop) -> Selector | Plain:

@@ -215,6 +215,45 @@ def test_a_loop_with_only_direct_sockets_still_sees_its_timers() -> None:
     run(test())
 
 
+def test_a_glance_reads_between_short_turns_what_a_late_read_would_find_together() -> None:
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, net.Loop)
+        ours, theirs = socket.socketpair()
+        got: list[bytes] = []
+        with ours, theirs:
+            ours.setblocking(False)
+            loop.direct.read_directly(ours.fileno(), lambda: got.append(ours.recv(100)))
+            for said in (b"1", b"2", b"3"):  # the loop has no turn in between
+                theirs.send(said)
+                time.sleep(0.001)  # noqa: ASYNC251 (somebody's short turn)
+                loop.direct.glance()
+            loop.direct.leave(ours.fileno())
+        assert got == [b"1", b"2", b"3"]
+    run(test())
+
+
+def test_a_glance_forgets_neither_timers_nor_other_sockets() -> None:
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, net.Loop)
+        ours, theirs = socket.socketpair()
+        rung: list[str] = []
+        with ours, theirs:
+            ours.setblocking(False)
+            read = asyncio.create_task(loop.sock_recv(ours, 100))
+            timer = asyncio.create_task(asyncio.sleep(0.001))
+            loop.direct.alarm(now_ns() + 2_000_000, lambda: rung.append("alarm"))
+            await asyncio.sleep(0)
+            theirs.send(b"x")
+            time.sleep(0.005)  # noqa: ASYNC251 (somebody's long turn)
+            loop.direct.glance()
+            assert rung == ["alarm"]
+            assert await read == b"x"
+            await timer
+    run(test())
+
+
 # -------------------------------------------------------------------------------------- stamps
 
 

@@ -32,11 +32,13 @@ TOKENS = 256
 
 @dataclass(frozen=True)
 class Result:
-    """`events_per_s`: token events between the first request's start and the last one's end."""
+    """`events_per_s`: of all together, from the first request's start to the last one's end, as
+    long as the slowest shard takes; `sum_per_s`: each shard's own rate, added up."""
 
     shards: int
     events: int
     events_per_s: float
+    sum_per_s: float
     us_per_event: float
 
 
@@ -55,11 +57,16 @@ def measure(shards: int, streams: int, each: int, mode: Mode) -> Result:
             parent_pid=os.getpid())) for i in range(shards)]
         begun = _all(processes, leg_of(streams, each, None, 7))
         used_s = sum(process.end()["cpu_s"] for process in processes) - sum(begun)
-        records = [record for journal in journals for record in _records(journal)]
+        by_shard = [list(_records(journal)) for journal in journals]
+    records = [record for mine in by_shard for record in mine]
     _check(records, streams * each)
     events = sum(record.n_events for record in records)
+    return Result(shards, events, _rate(records), sum(map(_rate, by_shard)), used_s / events * 1e6)
+
+
+def _rate(records: list[RequestRecord]) -> float:
     wall_s = (max(r.end_ns for r in records) - min(r.sent_ns or r.due_ns for r in records)) / 1e9
-    return Result(shards, events, events / wall_s, used_s / events * 1e6)
+    return sum(record.n_events for record in records) / wall_s
 
 
 def _all(processes: list[ShardProcess], leg: Leg) -> list[float]:
@@ -112,18 +119,19 @@ def main() -> None:
             results.append(result)
             print(f"[{k + 1}/{args.repeats}] {result}", flush=True)
     base = _middle(results, args.shards[0])
-    print("| shards | events/s | × | CPU µs/event | × |\n|---|---|---|---|---|")
+    print("| shards | events/s | × | sum of each one's own | × | CPU µs/event | × |\n"
+          "|---|---|---|---|---|---|---|")
     for shards in args.shards:
-        rate, cost = _middle(results, shards)
-        print(f"| {shards} | {rate:,.0f} | {rate / base[0]:.2f} | {cost:.2f} | "
-              f"{cost / base[1]:.2f} |")
+        cells = [f"{x:,.2f} | {x / x0:.2f}"
+                 for x, x0 in zip(_middle(results, shards), base, strict=True)]
+        print(f"| {shards} | {' | '.join(cells)} |")
     print(f"{len(os.sched_getaffinity(0))} cores")
 
 
-def _middle(results: list[Result], shards: int) -> tuple[float, float]:
+def _middle(results: list[Result], shards: int) -> list[float]:
     mine = [r for r in results if r.shards == shards]
-    return (statistics.median(r.events_per_s for r in mine),
-            statistics.median(r.us_per_event for r in mine))
+    return [statistics.median(getattr(r, name) for r in mine)
+            for name in ("events_per_s", "sum_per_s", "us_per_event")]
 
 
 if __name__ == "__main__":
