@@ -13,7 +13,7 @@ from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Open, Trace
 
 CHANCE = 4  # standard deviations of a plan's own randomness that are let pass
-PROBE_S: Final = 0.02  # how often the generator counts what is in flight
+EDGE_S: Final = 0.02  # by which a request's ends may be noticed apart by the two witnesses
 NOTICE_S = 0.005  # an end that is noticed this late is in nobody's way
 LITTLE_OFF = 0.02
 TEMPLATE = (1.15, 32)  # a prompt is at most so much longer than wanted: share, tokens
@@ -176,8 +176,8 @@ def _little(window: Window,
     """Little's law, L = λW, between two witnesses: L is what the generator itself counted in
     flight; λW is the time in flight of the records, cut at the edges of the window, so that no
     request at an edge makes a difference. Tolerance: 2 %, an end that was noticed a little late,
-    and the chance in looking every 20 ms, which shrinks with √n (a change of the count is missed
-    by at most a look, uniformly: Δ/√12 for each of 2n changes, ±3 σ). Nothing is said of a host
+    and chance, which shrinks with √n (a change of the count may be seen up to EDGE_S apart,
+    uniformly: Δ/√12 for each of 2n changes, ±3 σ). Nothing is said of a host
     that stood still, nor where requests were dropped: for how long those were in flight is not in
     their records."""
     counts = [h.inflight_s for h in window.shards]
@@ -190,7 +190,7 @@ def _little(window: Window,
     if not n:
         return None, None
     each_s = ours_s / n
-    chance = 3 * PROBE_S * math.sqrt(2 / 12) / (each_s * math.sqrt(n))
+    chance = 3 * EDGE_S * math.sqrt(2 / 12) / (each_s * math.sqrt(n))
     theirs_s = sum(x for x in counts if x is not None)
     return theirs_s / ours_s - 1, LITTLE_OFF + NOTICE_S / each_s + chance
 

@@ -36,6 +36,7 @@ class Client:
     def __init__(self, target: Target, scenario: Scenario) -> None:
         self.target = target
         self.inflight = 0
+        self._flown_ns, self._counted_ns = 0, now_ns()
         self.tally = Tally()
         self._scenario = scenario
         self._idle: deque[Connection] = deque()  # the last used at the right
@@ -61,7 +62,7 @@ class Client:
 
     async def _sync(self) -> None:
         while True:
-            await asyncio.sleep(stamps.SYNC_S)
+            await asyncio.sleep((net.next_tick_ns(stamps.SYNC_S) - now_ns()) / 1e9)
             self.clock.sync()
 
     async def open_connections(self, n: int) -> None:
@@ -100,6 +101,13 @@ class Client:
         for flight in list(self._flights):
             flight.cancel()
 
+    def flown_ns(self) -> int:
+        """Requests in flight, integrated over all the time so far."""
+        now = now_ns()
+        self._flown_ns += self.inflight * (now - self._counted_ns)
+        self._counted_ns = now
+        return self._flown_ns
+
     # ------------------------------------------------------------------------- for its flights
 
     def take(self) -> Connection | None:
@@ -118,11 +126,13 @@ class Client:
     def enter(self, flight: "Flight") -> int:
         """How many are in flight, with this one."""
         self._flights.add(flight)
+        self.flown_ns()
         self.inflight += 1
         return self.inflight
 
     def forget(self, flight: "Flight") -> None:
         self._flights.discard(flight)
+        self.flown_ns()
         self.inflight -= 1
 
     def later(self, chore: Callable[[], None]) -> None:

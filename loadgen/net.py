@@ -21,6 +21,13 @@ Ts = TypeVarTuple("Ts")
 now_ns = time.monotonic_ns
 
 
+def next_tick_ns(each_s: float) -> int:
+    """The next multiple of `each_s` on the clock: what is done now and then is best done together,
+    as waking up is what costs."""
+    each_ns = round(each_s * 1e9)
+    return (now_ns() // each_ns + 1) * each_ns
+
+
 class Selector(selectors.BaseSelector):
     """epoll for asyncio, and beside it sockets whose readers are called at once: no Handle, no
     turn of the loop. Alarms are called at their instant, to a timer of the kernel (epoll's own

@@ -16,7 +16,7 @@ import numpy as np
 from loadgen import metrics
 from loadgen.leg import Health
 
-PROBE_S = 0.02  # how often a loop should beat
+PROBE_S = 0.1  # how often a loop should beat: waking a core that sleeps may cost it 1 ms
 STALL_S = 0.25  # a beat this late did not merely wait its turn: the host or process stood still
 _KEEP = 20_000  # lags that are looked at: the last ~7 minutes
 _SCHEDSTAT = Path("/proc/self/schedstat")  # of the main thread, whose loop it is
@@ -30,7 +30,7 @@ class Pulse:
         self._t0_ns = t0_ns
         self._lags: list[float] = []
         self._from: tuple[int, float, tuple[int, int] | None] | None = None  # t0: ns, CPU s, waits
-        self._beats_ns, self._inflight = array("q"), array("q")
+        self._beats_ns, self._flown_ns = array("q"), array("q")
         self._pauses_ns: list[int] = []
         self._pause_from_ns = 0
         self._fds: int | None = None
@@ -43,16 +43,16 @@ class Pulse:
         with contextlib.suppress(ValueError):
             gc.callbacks.remove(self._collects)
 
-    def beat(self, slept_ns: int, now_ns: int, inflight: int | None = None) -> None:
-        """The loop went to sleep for PROBE_S at `slept_ns` and woke up now, with so many requests
-        in flight (None: nobody counts them)."""
+    def beat(self, slept_ns: int, now_ns: int, flown_ns: int | None = None) -> None:
+        """The loop went to sleep for PROBE_S at `slept_ns` and woke up now. `flown_ns`: the
+        requests in flight, integrated so far (None: nobody counts them)."""
         if now_ns >= self._t0_ns and self._from is None:
             self._from = (now_ns, time.process_time(), waits())
         late_s = (now_ns - slept_ns) / 1e9 - PROBE_S
         self._lags.append(late_s)
-        if inflight is not None:
+        if flown_ns is not None:
             self._beats_ns.append(now_ns)
-            self._inflight.append(inflight)
+            self._flown_ns.append(flown_ns)
         if late_s > STALL_S:
             self.stalls.append((slept_ns, now_ns))
 
@@ -96,14 +96,12 @@ class Pulse:
         return waited_ns / (now_ns - since_ns), waited_ns / max(times, 1) / 1e9
 
     def _inflight_s(self, from_ns: int, to_ns: int) -> float | None:
-        """Requests in flight, integrated: straight lines between beats, the last one held on."""
-        at, many = np.frombuffer(self._beats_ns, np.int64), np.frombuffer(self._inflight, np.int64)
+        """Requests in flight, integrated over the window; straight lines between beats."""
+        at, flown = (np.frombuffer(x, np.int64) for x in (self._beats_ns, self._flown_ns))
         if not len(at) or to_ns <= from_ns:
             return None
-        inside = at[(at > from_ns) & (at < to_ns)]
-        points = np.concatenate([[from_ns], inside, [to_ns]]) - from_ns
-        values = np.interp(points, at - from_ns, many)
-        return float(((values[1:] + values[:-1]) / 2 * np.diff(points)).sum()) / 1e9
+        before, after = np.interp([from_ns - at[0], to_ns - at[0]], at - at[0], flown - flown[0])
+        return float(after - before) / 1e9
 
     def _collects(self, phase: str, info: dict[str, Any]) -> None:
         if phase == "start":

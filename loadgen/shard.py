@@ -23,7 +23,7 @@ from typing import Any, Literal, Never
 import msgspec
 from msgspec import Struct
 
-from loadgen import scenario
+from loadgen import net, scenario
 from loadgen.client import Client
 from loadgen.drive import LegRun, Work
 from loadgen.errors import GeneratorError, StoreError
@@ -120,10 +120,10 @@ class Shard:
         """Progress frames, the pulse, and the lease."""
         next_frame, expired = now_ns(), 0
         while True:
-            before = now_ns()
-            await asyncio.sleep(PROBE_S)
+            beat_ns = net.next_tick_ns(PROBE_S)
+            await asyncio.sleep((beat_ns - now_ns()) / 1e9)
             now = now_ns()
-            self._pulse.beat(before, now, self.work.client.inflight)
+            self._pulse.beat(beat_ns - round(PROBE_S * 1e9), now, self.work.client.flown_ns())
             expired = expired + 1 if (now - self.leased_ns) / 1e9 > LEASE_S else 0
             if expired > 1 / PROBE_S:  # not right after a stall, that the parent had as well
                 run.error = GeneratorError("no lease from the parent: it is stopped or gone")
@@ -145,6 +145,7 @@ class Shard:
 
     def _health(self, run: LegRun) -> Health:
         leg, now = run.leg, now_ns()
+        self._pulse.beat(now - round(PROBE_S * 1e9), now, self.work.client.flown_ns())
         from_ns = run.t0_ns + round(leg.warmup_s * 1e9)
         to_ns = min(now, now if run.stopped_ns is None else run.stopped_ns)
         if leg.measure_s is not None and leg.num_sessions is None:

@@ -83,7 +83,7 @@ def test_the_tolerance_of_littles_law_shrinks_with_the_root_of_n() -> None:
         return found - balance.LITTLE_OFF - balance.NOTICE_S / 0.1
 
     assert tolerance(400) == pytest.approx(tolerance(100) / 2, rel=1e-6)
-    assert tolerance(100) == pytest.approx(3 * 0.02 / 6**0.5 / 0.1 / 10, rel=1e-6)
+    assert tolerance(100) == pytest.approx(3 * balance.EDGE_S / 6**0.5 / 0.1 / 10, rel=1e-6)
 
 
 # --------------------------------------------------------------------------------------- starts

@@ -23,30 +23,30 @@ def beating() -> Iterator[Pulse]:
     made.end()
 
 
-def beats(made: Pulse, *beats_s: tuple[float, int | None]) -> Pulse:
-    """At these instants, with so many in flight; each slept for as long as it should."""
-    for at_s, inflight in beats_s:
+def beats(made: Pulse, *beats_s: tuple[float, float | None]) -> Pulse:
+    """At these instants, with so many request-seconds flown; each slept for as long as it
+    should."""
+    for at_s, flown_s in beats_s:
         at = round(at_s * S)
-        made.beat(at - round(PROBE_S * S), at, inflight)
+        made.beat(at - round(PROBE_S * S), at, None if flown_s is None else round(flown_s * S))
     return made
 
 
-def inflight_s(from_s: float, to_s: float, *beats_s: tuple[float, int | None]) -> float | None:
+def inflight_s(from_s: float, to_s: float, *beats_s: tuple[float, float | None]) -> float | None:
     made = beats(Pulse(0), *beats_s)
     return made.health(0, round(to_s * S), round(from_s * S), round(to_s * S)).inflight_s
 
 
 @pytest.mark.parametrize(("from_s", "to_s", "whole_s"), [
-    (0, 10, 40), (2, 4, 8), (0, 12, 48),  # after the last beat as it was then
-    (9.99, 10, 0.04)])
+    (0, 10, 40), (2, 4, 8), (9.99, 10, 0.04), (8, 12, 8)])  # after the last beat nothing is known
 def test_a_count_that_does_not_change_is_its_time(
         from_s: float, to_s: float, whole_s: float) -> None:
-    assert inflight_s(from_s, to_s, *((t / 2, 4) for t in range(21))) == pytest.approx(whole_s)
+    assert inflight_s(from_s, to_s, *((t / 2, 7 + 2 * t) for t in range(21))) == pytest.approx(
+        whole_s)
 
 
-def test_between_two_beats_the_count_is_taken_to_go_straight() -> None:
-    assert inflight_s(0, 10, (0, 0), (10, 10)) == pytest.approx(50)
-    assert inflight_s(5, 10, (0, 0), (10, 10)) == pytest.approx(37.5)
+def test_what_flew_before_the_window_is_not_in_it() -> None:
+    assert inflight_s(5, 10, (0, 0), (5, 100), (10, 103)) == pytest.approx(3)
 
 
 def test_who_counts_nothing_has_no_integral() -> None:
