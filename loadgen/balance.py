@@ -94,9 +94,16 @@ def of(leg: Leg, window: Window, sample: Sequence[RequestRecord],
 
 
 def own_lateness_s(r: RequestRecord) -> float | None:
-    """Lateness without the wait for a connection, which may well be the server's."""
+    """Lateness without the wait for a connection, which may well be the server's; of a request
+    that was sent again, as the server had closed its connection, there is none."""
     late = metrics.lateness_s(r)
-    return None if late is None else late - (r.connect_wait_ns or 0) / 1e9
+    return None if late is None or r.stale_retries else late - (r.connect_wait_ns or 0) / 1e9
+
+
+def lingered(window: Window) -> int:
+    """Answers that the server kept open beyond their end: each took its slot that much longer, of
+    which its record says nothing."""
+    return sum(h.lingered for h in window.shards)
 
 
 def stalls_inside(window: Window) -> Spans:
@@ -162,7 +169,7 @@ def _slots(leg: Leg, window: Window, records: Sequence[RequestRecord],
     flying_ns = sum(_inside(r, clear) for r in records)
     mean = flying_ns / length_ns
     if not isinstance(leg.load, Closed) or not window.alone or leg.num_sessions is not None or any(
-            r.turn or r.outcome is Outcome.DROPPED for r in records):
+            r.turn or r.outcome is Outcome.DROPPED for r in records) or lingered(window):
         return mean, None, None
     slots = leg.load.concurrency
     starts = sum(x is not None and any(a <= x < b for a, b in clear)
@@ -182,7 +189,7 @@ def _little(window: Window,
     their records."""
     counts = [h.inflight_s for h in window.shards]
     if not counts or None in counts or stalls_inside(window) or any(
-            r.outcome is Outcome.DROPPED for r in records):
+            r.outcome is Outcome.DROPPED for r in records) or lingered(window):
         return None, None
     span = [(window.from_ns, window.to_ns)]
     inside = [x for r in records if (x := _inside(r, span))]

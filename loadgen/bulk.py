@@ -9,12 +9,12 @@ import re
 from collections.abc import Sequence
 
 _KEYS = (b'"content":', b'"text":', b'"reasoning_content":', b'"reasoning":')
-_TEXT = re.compile(rb' ?"((?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*)"')
+_CHAR = rb'\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'  # escaped; no half of a pair
+_TEXT = re.compile(rb' ?"((?:[^"\\\x00-\x1f]|' + _CHAR + rb')*)"')
 _LAST = 4  # finish, usage, [DONE], and one more
 _ODD = re.compile(rb'["\\\x00-\x1f]').search
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*\Z').match
-_ESCAPED = re.compile(
-    rb'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+\Z').match
+_ESCAPED = re.compile(rb'(?:[^"\\\x00-\x1f]++|' + _CHAR + rb')*+\Z').match
 
 
 class Template:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,7 +44,10 @@ class Found(Struct, frozen=True):
 
 
 def path() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a container's user that nobody knows
+        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
     return cache / "loadgen" / "calibration.json"
 
 

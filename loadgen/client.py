@@ -293,7 +293,7 @@ class Flight:
             b"retry-after" in headers)
 
     def more(self) -> None:
-        if self.parts and self.parts[-1].endswith(b"[DONE]\n\n"):
+        if self._says_done():
             self._linger()
         else:
             self._client.later(self._look)
@@ -337,6 +337,11 @@ class Flight:
     def _watch(self) -> None:
         if self._ended_ns is None:
             self._wait()
+            if self._says_done():
+                self._linger()
+
+    def _says_done(self) -> bool:
+        return bool(self.parts) and self.parts[-1].endswith(b"[DONE]\n\n")
 
     def _wait(self) -> None:
         """Until the deadline; looked at in between, as a first token brings one that is nearer."""
@@ -355,6 +360,7 @@ class Flight:
         if self._deadline.when_s > self._client.loop.time():
             self._wait()
         else:
+            self._client.tally.lingered += self.recorder.ended
             self._land(*self._deadline.passed(self.recorder))
 
     def _linger(self) -> None:

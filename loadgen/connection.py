@@ -53,6 +53,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.full_reads = 0  # which took all that one read can take: the reader is behind
+        self.lingered = 0  # answers whose body the server kept open after its end
         self.rcvbuf_bytes: int | None = None  # the smallest receive buffer of the kernel's
 
 
@@ -77,7 +78,7 @@ class Connection:
         self._feed: Any = None
         self.on_body: Any = None
         self._n_parts = 0  # of the answer, once it is whole
-        self._streams = False  # in the middle of a chunked body
+        self._began = self._streams = False  # bytes of an answer came; it is a chunked body
         self._kept: list[bytes] = []  # reads that are not parsed yet …
         self._kept_stamps = bytearray()  # … and their stamps
         self._left = b""  # of a request that the socket did not take at once
@@ -89,6 +90,7 @@ class Connection:
         """Sends a request; the answer goes to `sink`. When it was sent, ns. Raises OSError if the
         connection is broken already."""
         data = self._tls.encrypt(request) if self._tls else request
+        self.used += 1
         sent_ns = now_ns()
         self._write(data)  # what is to be made ready for the answer can wait
         self._sink, self._began, self._size = sink, False, 0
@@ -99,7 +101,6 @@ class Connection:
         self.on_body = sink.parts.append  # called by httptools, from C to C
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data if self._tls is None else self._decrypt
-        self.used += 1
         return sent_ns
 
     def close(self) -> None:
@@ -248,8 +249,11 @@ class Connection:
         elif isinstance(self._spoiled, ssl.SSLError):
             self._broken(self._spoiled)
         else:
+            why: BaseException | None = self._spoiled
+            self._spoiled = None  # a circle, with its traceback
             self.close()
-            why = getattr(self._spoiled, "__context__", None) or self._spoiled  # the sink's own
+            if isinstance(why, httptools.HttpParserCallbackError):
+                why = why.__context__ or why  # the sink's own
             sink.garbage(f"{type(why).__name__}: {why}")
 
     def _closed(self, sink: Sink | None) -> None:

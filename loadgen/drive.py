@@ -189,19 +189,25 @@ class LegRun:
         flight.recorder.shot = shot = msgspec.structs.replace(shot, seq=next(self.work.seq))
         if not sent:
             self._awaited -= self._measures(shot.due_ns)
-            self._count(_not_sent(shot, Outcome.DROPPED, f"max_inflight of {max_inflight} reached"))
+            self._keep(lambda: _not_sent(
+                shot, Outcome.DROPPED, f"max_inflight of {max_inflight} reached"))
 
     def _back(self, planned: plan.Session, bodies: list[bytes], flight: Flight) -> None:
         """A request that was started by its alarm has ended."""
         self._awaited -= self._measures(flight.recorder.shot.due_ns)
-        if flight.bug is not None:
-            self._give_up(flight.bug)
-        else:
-            self._count(flight.result())
+        self._keep(flight.result)
         if len(bodies) > 1:
             self._fly(self._turns(planned, bodies))
         else:
             self._ground()
+
+    def _keep(self, result: Callable[[], RequestRecord]) -> None:
+        """Counts a record where no task would end of what goes wrong: a journal that cannot be
+        written, a bug of ours."""
+        try:
+            self._count(result())
+        except Exception as e:  # noqa: BLE001  (it ends the leg)
+            self._give_up(e)
 
     async def _turns(self, planned: plan.Session, bodies: list[bytes]) -> None:
         """A session's requests after the first."""

@@ -45,6 +45,7 @@ class Health(Struct, frozen=True, omit_defaults=True):
     full_reads: int = 0  # reads that filled the whole read buffer: more was waiting
     rcvbuf_bytes: int | None = None  # smallest receive buffer of its connections
     inflight_s: float | None = None  # its count of what is in flight, integrated over the window
+    lingered: int = 0  # answers that had ended, and whose body the server kept open
 
 
 class Window(Struct, frozen=True):

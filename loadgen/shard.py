@@ -96,7 +96,8 @@ class Shard:
     def begin(self, leg: Leg, t0_ns: int) -> LegRun:
         """From here on `running` takes stop and cancel."""
         self._pulse = Pulse(t0_ns)
-        self._full_reads = self.work.client.tally.full_reads
+        tally = self.work.client.tally
+        self._full_reads, self._lingered = tally.full_reads, tally.lingered
         self.running = LegRun(self.work, leg, t0_ns)
         return self.running
 
@@ -150,10 +151,11 @@ class Shard:
         to_ns = min(now, now if run.stopped_ns is None else run.stopped_ns)
         if leg.measure_s is not None and leg.num_sessions is None:
             to_ns = min(to_ns, from_ns + round(leg.measure_s * 1e9))
+        tally = self.work.client.tally
         return msgspec.structs.replace(
             self._pulse.health(self.work.shard, now, from_ns, to_ns),
-            full_reads=self.work.client.tally.full_reads - self._full_reads,
-            rcvbuf_bytes=self.work.client.tally.rcvbuf_bytes)
+            full_reads=tally.full_reads - self._full_reads,
+            lingered=tally.lingered - self._lingered, rcvbuf_bytes=tally.rcvbuf_bytes)
 
 
 def _says(error: BaseException | None) -> str | None:

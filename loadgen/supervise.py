@@ -212,8 +212,9 @@ class Shards:
             return "server_died", why
         if is_lost(leg, progress.done, progress.done_good, progress.elapsed_s):
             return "cut", None
-        ours = [s.frame for s in self._shards]
-        return ("done" if all(f.leg == leg.id and f.complete for f in ours) else None), None
+        done = all(s.ended.is_set() or (s.frame.leg == leg.id and s.frame.complete)
+                   for s in self._shards)  # one that has no slot, or no more plan, ends before
+        return ("done" if done else None), None
 
     def _broken(self) -> str | None:
         failed = (s.dead or s.frame.failed for s in self._shards)

@@ -65,6 +65,19 @@ def test_a_request_is_in_flight_from_when_its_connection_is_asked_for() -> None:
     assert balance.own_lateness_s(refused) is None
 
 
+def test_a_request_that_was_sent_again_is_not_the_generators_lateness() -> None:
+    again = record(2, 3, sent_ns=T0 + 3 * S, stale_retries=1)
+    assert balance.own_lateness_s(again) is None
+    assert balance.own_lateness_s(record(2, 3, sent_ns=T0 + 3 * S)) == pytest.approx(1.0)
+
+
+def test_answers_that_the_server_kept_open_say_nothing_of_slots_and_flights() -> None:
+    fine = record(2, 3)
+    told = msgspec.structs.replace(window(), shards=[Health(0, inflight_s=3.0, lingered=2)])
+    books = balance.of(CLOSED, told, [fine], [fine])
+    assert (books.slots_frac, books.little_residual) == (None, None)
+
+
 def test_of_dropped_requests_nobody_knows_how_long_they_were_in_flight() -> None:
     fine, dropped = record(2, 3), record(4, 1, sent_ns=None, outcome=Outcome.DROPPED)
     told = msgspec.structs.replace(window(), shards=[Health(0, inflight_s=3.0)])

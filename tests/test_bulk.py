@@ -88,7 +88,11 @@ def test_texts_of_any_kind_give_the_same_record(said: Any, sizes: Any, batches: 
     b'data: {"error": {"message": "no", "code": 500}}\n\n', b"data: [DONE]\n\n",
     b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n',
     event({"content": "a"}).replace(b'"a"', b'"\xff"'), event({"content": "a"})[:-1],
-    event({"content": "a"}).replace(b'"a"', b'"\\x"'), event({"content": "a"})[6:]]),
+    event({"content": "a"}).replace(b'"a"', b'"\\x"'),
+    event({"content": "a"}).replace(b'"a"', b'"\\ud83d"'),
+    event({"content": "a"}).replace(b'"a"', b'"\\ude00\\ud83d"'),
+    event({"content": "a"}).replace(b'"a"', b'"\\ud83d\\ude00 \\u00e9"'),
+    event({"content": "a"})[6:]]),
     max_size=30), sizes=sizes, batches=batches)
 @settings(max_examples=400, deadline=None)
 def test_streams_of_any_events_give_the_same_record(noise: Any, sizes: Any, batches: Any) -> None:

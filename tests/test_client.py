@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from loadgen import net, openai, scenario
 from loadgen.client import Client
+from loadgen.connection import Connection
 from loadgen.errors import LoadgenError
 from loadgen.net import now_ns
 from loadgen.record import Outcome, RequestRecord, Shot
@@ -166,6 +168,23 @@ def test_a_server_that_keeps_the_body_open_does_not_delay_the_end() -> None:
     assert r.outcome is Outcome.OK
     assert r.end_ns - (r.last_ns or 0) < 500_000_000
     assert now_ns() - before_ns < 8_000_000_000
+
+
+def test_a_body_that_is_kept_open_is_noticed_behind_any_backlog() -> None:
+    """The whole answer is there before the client comes to set its deadline."""
+    async def test() -> None:
+        script: Script = [HEAD + token() + finish() + usage(1) + DONE, HOLD]
+        async with (RawServer(lambda _: script) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            await client.open_connections(1)
+            for _ in range(100):
+                client.later(lambda: time.sleep(0.001))
+            before_ns = now_ns()
+            r = await client.send(shot())
+            assert r.outcome is Outcome.OK
+            assert now_ns() - before_ns < 8_000_000_000
+            assert client.tally.lingered == 1
+    run(test())
 
 
 @pytest.mark.parametrize("cut", [1, 7, 64])
@@ -512,6 +531,25 @@ def test_a_stale_connection_is_retried_once_on_a_fresh_one(end: Step) -> None:
             assert (second.outcome, second.stale_retries, second.n_events) == (Outcome.OK, 1, 3)
             assert second.connect_wait_ns is not None  # the fresh connection's
             assert [x.connection for x in server.requests] == [0, 0, 1]
+    run(test())
+
+
+def test_a_connection_that_is_found_broken_in_the_sending_is_stale_as_well(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    write, broken = Connection._write, [True]
+
+    def breaks(connection: Connection, data: bytes) -> None:
+        if connection.used > 1 and broken.pop():
+            raise ConnectionResetError("it had been reset")
+        write(connection, data)
+
+    async def test() -> None:
+        async with (RawServer(lambda _: good()) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            await client.send(shot(0))
+            monkeypatch.setattr(Connection, "_write", breaks)
+            second = await client.send(shot(1))
+            assert (second.outcome, second.stale_retries) == (Outcome.OK, 1)
     run(test())
 
 

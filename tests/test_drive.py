@@ -431,7 +431,9 @@ def test_a_request_that_misses_its_limit_is_sampled_but_not_good(tmp_path: Path)
     assert (running.sampled, running.good) == (4, 2)
 
 
-def test_a_journal_that_cannot_be_written_ends_the_leg_with_its_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [Closed(concurrency=3), constant(40), constant(40, 1)])
+def test_a_journal_that_cannot_be_written_ends_the_leg_with_its_reason(
+        tmp_path: Path, load: Load) -> None:
     async def test() -> None:
         async with RawServer(lambda k: good() if k < 3 else [HEAD + token(), 0.2, *good()[1:]]
                              ) as server, working(tmp_path, server.url) as work:
@@ -449,7 +451,7 @@ def test_a_journal_that_cannot_be_written_ends_the_leg_with_its_reason(tmp_path:
             full = Work(work.scenario, work.slos, work.ratios, work.client,
                         Full(),  # type: ignore[arg-type]
                         0, 1, work.seq)
-            running = LegRun(full, leg(Closed(concurrency=3), measure_s=30), soon())
+            running = LegRun(full, leg(load, measure_s=30), soon())
             await running.run()
             assert isinstance(running.error, StoreError)
             assert "No space left" in str(running.error)

@@ -23,7 +23,7 @@ from loadgen.leg import Leg, Window
 from loadgen.net import now_ns
 from loadgen.pulse import waits
 from loadgen.record import Outcome, RequestRecord
-from loadgen.scenario import Closed, Load, Open, PerSecond, to_plain
+from loadgen.scenario import Closed, Load, Open, PerSecond, Trace, to_plain
 from loadgen.shard import LEASE_S, Command, Frame, Setup
 from loadgen.store import SCHEMA, LegLine, Manifest, RunFolder
 from loadgen.supervise import Progress, Shards
@@ -237,6 +237,18 @@ def test_a_shard_more_than_there_are_slots_loses_no_session(tmp_path: Path) -> N
             await both.run(leg(Closed(concurrency=1), n=6), nobody_died, unseen)
     run(test())
     assert sorted(r.session for r in kept(tmp_path)) == list(range(6))
+
+
+@pytest.mark.parametrize("load", [Closed(concurrency=1), Trace((0.0, 0.05, 20.0))])
+def test_a_shard_that_has_nothing_more_to_do_does_not_hold_up_the_legs_end(
+        tmp_path: Path, load: Load) -> None:
+    async def test() -> None:
+        async with (RawServer(lambda _: slow()) as server,
+                    shards(tmp_path, server, 2) as both):
+            window = await both.run(leg(load, measure_s=0.5), nobody_died, unseen)
+            assert window.ending == "done"
+            assert window.end_ns - window.t0_ns < 15 * S
+    run(test())
 
 
 def test_legs_follow_each_other_on_the_same_shards(tmp_path: Path) -> None:

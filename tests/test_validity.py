@@ -473,3 +473,14 @@ def test_a_leg_that_broke_off_is_suspect() -> None:
 def test_a_window_whose_telemetry_was_lost_is_suspect() -> None:
     blind = validity.check(CLOSED, window(), [record()] * 200, 200, None, True)
     assert [(f.rule, f.verdict) for f in blind] == [("no-telemetry", "SUSPECT")]
+
+
+def test_a_server_that_keeps_bodies_open_is_named_and_not_the_generator() -> None:
+    shards = [Health(0, inflight_s=30.0, lingered=7), Health(1, inflight_s=30.0)]
+    assert verdicts(shards=shards) == {"held-open": "SUSPECT"}
+
+
+@pytest.mark.parametrize(("late", "verdict"), [(1, "SUSPECT"), (2, "INVALID")])
+def test_one_late_start_among_few_is_an_accident(late: int, verdict: str) -> None:
+    records = [record()] * 5 + [record(150 * MS)] * late
+    assert verdicts(OPEN, records) == {"late-starts": verdict}
