@@ -483,4 +483,4 @@ def test_a_server_that_keeps_bodies_open_is_named_and_not_the_generator() -> Non
 @pytest.mark.parametrize(("late", "verdict"), [(1, "SUSPECT"), (2, "INVALID")])
 def test_one_late_start_among_few_is_an_accident(late: int, verdict: str) -> None:
     records = [record()] * 5 + [record(150 * MS)] * late
-    assert verdicts(OPEN, records) == {"late-starts": verdict}
+    assert verdicts(CLOSED, records) == {"late-starts": verdict}
