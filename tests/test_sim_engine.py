@@ -113,7 +113,7 @@ def test_no_block_is_lost_or_made_whatever_happens() -> None:
         now_s = step.end_s if step else now_s
         held = sum(-(-s.at(engine._number) // 16) - s.findable for s in engine._decoding.values())
         held += engine._partial.room // 16 - engine._partial.findable if engine._partial else 0
-        assert pool.free + held + len(pool._refs) + len(pool._idle) == pool.size
+        assert pool.available + held + pool.findable_used == pool.size
         assert pool.free >= 0
     run(engine)
     assert engine.stats.preemptions > 0
