@@ -187,6 +187,62 @@ def test_a_long_prompt_is_cut_into_chunks_beside_the_others_decode() -> None:
     assert steps[0].duration_s > 3 * alone.duration_s  # the chunk is in the other's token gap
 
 
+def test_a_stream_interval_makes_an_event_of_the_first_of_every_so_many_and_of_the_last() -> None:
+    engine = Engine(replace(SMALL, stream_interval=4))
+    for i, output in enumerate((1, 2, 5, 6, 9, 40)):
+        engine.submit(request(i, output_tok=output))
+    steps = run(engine)
+    wanted = sum(len({*range(0, n, 4), n - 1}) for n in (1, 2, 5, 6, 9, 40))
+    assert sum(s.events for s in steps) == wanted
+    assert sum(s.events for s in run_of(6)) == sum(len(s.tokens) for s in run_of(6))
+
+
+def run_of(n: int) -> list[Step]:
+    engine = Engine(SMALL)
+    for i in range(n):
+        engine.submit(request(i))
+    return run(engine)
+
+
+def test_a_step_says_who_begins_and_who_pauses() -> None:
+    engine = Engine(replace(SMALL, num_blocks=40))
+    for i in range(8):
+        engine.submit(request(i, prompt_tok=60, output_tok=200))
+    going: set[int] = set()
+    for step in run(engine):
+        going -= set(step.preempted)
+        assert not going & set(step.begun)
+        going |= set(step.begun)
+        assert set(step.tokens) == going
+        going -= set(step.finished)
+    assert engine.stats.preemptions > 0
+
+
+def test_fewer_tokens_a_step_than_sequences_are_refused_as_vllm_does() -> None:
+    with pytest.raises(ValueError, match="must be greater than or equal to max_num_seqs"):
+        EngineConfig(machine(), 100, 512, max_num_batched_tokens=64, max_num_seqs=65)
+
+
+# ------------------------------------------------------------------------------------- front end
+
+
+def test_a_slow_front_end_lets_tokens_wait_for_those_before_them() -> None:
+    front = Front(replace(machine().constants, front_token_s=1e-3, front_request_s=0.0))
+    assert front.give_out(1.0, 100) == pytest.approx(1.1)
+    assert front.give_out(1.05, 100) == pytest.approx(1.2)
+    assert front.give_out(5.0, 1) == pytest.approx(5.001)
+    assert front.give_out(6.0, 0) == 6.0
+
+
+def test_a_request_passes_the_tokens_and_holds_them_up() -> None:
+    front = Front(replace(machine().constants, front_token_s=1e-3, front_request_s=0.01,
+                          front_latency_s=0.005))
+    front.give_out(1.0, 1000)  # until 2.0
+    assert front.take_in(1.0) == pytest.approx(1.015)
+    assert front.take_in(1.0) == pytest.approx(1.025)
+    assert front.give_out(1.5, 1) == pytest.approx(2.021)
+
+
 # ---------------------------------------------------------------------------------- prefix cache
 
 

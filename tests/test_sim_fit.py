@@ -13,7 +13,7 @@ from loadgen.leg import Leg
 from loadgen.scenario import Closed
 from loadgen.store import SCHEMA, Header, Journal, RunFolder
 from loadgen.virtual import VirtualExecutor
-from servers.sim import fit, profiles
+from servers.sim import fit, profiles, seen
 from servers.sim.__main__ import parse
 from servers.sim.costs import Machine, StepTime, batch_defaults
 from servers.sim.profiles import CONSTANTS, Constants
@@ -46,7 +46,7 @@ def a_run(folder: Path, constants: Constants, options: tuple[str, ...],
 @functools.cache
 def fitted(folder: Path) -> tuple[Machine, Constants, dict[str, str]]:
     machine = a_run(folder / "run", OTHER, ("--gpu", "h200"), (1, 4, 16, 64, 256, 512))
-    return machine, *fit.fit(fit.read(folder / "run"), machine, batch_defaults(machine.gpu)[0], "s")
+    return machine, *fit.fit(seen.read(folder / "run"), machine, batch_defaults(machine.gpu)[0], "s")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_steps_of_the_fitted_machine_last_as_long_as_those_of_the_known_one(fold
 
 def test_what_a_run_cannot_tell_stays_as_shipped(tmp_path: Path) -> None:
     machine = a_run(tmp_path / "run", OTHER, ("--gpu", "4090d"), (4, 16))
-    found, notes = fit.fit(fit.read(tmp_path / "run"), machine, 2048, "s")
+    found, notes = fit.fit(seen.read(tmp_path / "run"), machine, 2048, "s")
     assert found.front_token_s == CONSTANTS.front_token_s
     assert notes["front_token_s"] == fit.KEPT
 
