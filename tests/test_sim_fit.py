@@ -46,7 +46,8 @@ def a_run(folder: Path, constants: Constants, options: tuple[str, ...],
 @functools.cache
 def fitted(folder: Path) -> tuple[Machine, Constants, dict[str, str]]:
     machine = a_run(folder / "run", OTHER, ("--gpu", "h200"), (1, 4, 16, 64, 256, 512))
-    return machine, *fit.fit(seen.read(folder / "run"), machine, batch_defaults(machine.gpu)[0], "s")
+    batched_tok, _ = batch_defaults(machine.gpu)
+    return machine, *fit.fit(seen.read(folder / "run"), machine, batched_tok, "s")
 
 
 @pytest.fixture(scope="module")
