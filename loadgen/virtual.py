@@ -68,7 +68,7 @@ class VirtualExecutor:
         self.rows = []
         run = _LegRun(leg, self._scenario, self._slos, self._engine, self._front, self._ids,
                       self.now_s + HEAD_START_S)
-        self._sample(self.now_s, 0.0)
+        self._sample(self.now_s + PAUSE_S / 2, 0.0)  # no instant of the leg before has two samples
         ran_s = 0.0  # of the engine's steps, since the last sample
         look_s = run.t0_s
         while not run.is_over():

@@ -136,6 +136,9 @@ def test_a_virtual_sweep_leaves_a_run_folder_that_says_simulated(
     assert (manifest.server["simulated"], manifest.server["virtual_time"]) == (True, True)
     assert json.loads((out / "summary.json").read_bytes())["simulated"] is True
     assert len(list(RunFolder(out).records())) > 100
+    sampled = [(r.source, r.name, r.t_ns, str(r.labels)) for r in RunFolder(out).rows()]
+    assert len(set(sampled)) == len(sampled)
+    assert json.loads((out / "summary.json").read_bytes())["findings"] == []
     again = tmp_path / "again"
     command("sweep", "--max-concurrency", "64", "--virtual", "--seed", "1", "--no-report",
             f"--out={again}", "--", "--gpu", "4090d")
