@@ -89,6 +89,8 @@ def target_options(command: Any) -> Any:
     for option in reversed([
         click.option("--server", type=click.Choice(["sim", "vllm"]), help="Server to start; its "
                      "options follow `--`. Default: the simulator, if no --base-url is given."),
+        click.option("--virtual", is_flag=True, help="Step the simulator's engine in virtual time: "
+                     "no sockets, minutes in seconds. Figures are simulated ones."),
         click.option("--server-cmd", metavar="COMMAND", help="Words that stand in for `vllm "
                      "serve`, as \"python -m vllm.entrypoints.cli.main serve\"."),
         click.option("--start-timeout", callback=duration, metavar="45m", help="How long the "
@@ -123,6 +125,13 @@ def target_options(command: Any) -> Any:
 
 
 def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path) -> Any:
+    if options["virtual"]:
+        from servers.sim.launch import VirtualSim  # noqa: PLC0415
+
+        if options["base_url"] or options["server_cmd"] or options["server"] == "vllm":
+            raise click.UsageError("--virtual is of the simulator: leave --base-url, --server vllm "
+                                   "and --server-cmd out")
+        return VirtualSim(server_options)
     if options["base_url"]:
         from servers.remote import RemoteServer  # noqa: PLC0415
 

@@ -60,7 +60,10 @@ class Session(Struct, frozen=True):
 def _reel(name: int) -> tuple[Any, np.random.Generator, dict[str, Any]]:
     """For a stream's name only: a philox, its generator, and a state for it."""
     philox = np.random.Philox(0)
-    return philox, np.random.Generator(philox), {**philox.state}
+    state: dict[str, Any] = {**philox.state}
+    state["state"] = {"counter": np.zeros(4, np.uint64), "key": np.zeros(2, np.uint64)}
+    state["state"]["key"][1] = name
+    return philox, np.random.Generator(philox), state
 
 
 def stream(seed: int, name: int, k: int) -> np.random.Generator:
@@ -68,8 +71,7 @@ def stream(seed: int, name: int, k: int) -> np.random.Generator:
     each stream, wound to where it is wanted (a fresh one costs 15 times as much): the next call
     for the same stream takes it away."""
     philox, generator, state = _reel(name)
-    state["state"] = {"counter": np.array((0, 0, k, 0), np.uint64),
-                      "key": np.array((seed, name), np.uint64)}
+    state["state"]["counter"][2], state["state"]["key"][0] = k, seed
     philox.state = state
     return generator
 

@@ -18,15 +18,17 @@ from loadgen.leg import Leg, Window
 from loadgen.ramp import SweepPlan
 from loadgen.record import TROUBLE, RequestRecord
 from loadgen.scenario import Scenario
-from loadgen.store import Journal, Row, RunFolder
+from loadgen.store import SCHEMA, Header, Journal, LegLine, Row, RunFolder
 from loadgen.supervise import Progress, Shards
-from loadgen.sweep import SweepResult, run_one, sweep
+from loadgen.sweep import Executor, SweepResult, run_one, sweep
 from loadgen.target import Target
 from loadgen.telemetry import server as watch
 from loadgen.telemetry.signs import series, signs_of
 from loadgen.view import View
+from loadgen.virtual import VirtualExecutor
 from servers import death
 from servers.base import Server
+from servers.sim.launch import VirtualSim
 
 QUICK_S = 60.0  # a server that may take longer to start is seen to be waited for
 SERVER_LOG = "server.log"  # in the run folder
@@ -49,6 +51,10 @@ class Session(Struct, frozen=True):
 
 def run_sweep(session: Session, plan: SweepPlan, view: View) -> SweepResult:
     """Drives the search to its stop; everything is in the run folder when this returns."""
+    if isinstance(session.server, VirtualSim):
+        return _virtual(session, session.server, view, lambda executor: sweep(
+            plan, session.scenario, executor, view.judged, lambda: executor.now_s))
+
     async def body(executor: "_Executor") -> SweepResult:
         return await sweep(plan, session.scenario, executor, view.judged)
     return _drive(_session(session, view, body))
@@ -56,12 +62,57 @@ def run_sweep(session: Session, plan: SweepPlan, view: View) -> SweepResult:
 
 def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
     """One leg, and its verdicts."""
-    async def body(executor: "_Executor") -> SweepResult:
+    async def body(executor: Executor) -> SweepResult:
         window, judgement = await run_one(leg, session.scenario, session.criteria, executor)
         view.judged(leg, judgement)
         says = "interrupted" if window.ending == "interrupted" else ""
         return SweepResult([judgement], window.ending, window.note or says)
+    if isinstance(session.server, VirtualSim):
+        return _virtual(session, session.server, view, body)
     return _drive(_session(session, view, body))
+
+
+def _virtual(session: Session, server: VirtualSim, view: View,
+             body: "Callable[[_Kept], Awaitable[SweepResult]]") -> SweepResult:
+    """The same on the simulator's engine in virtual time; the same run folder."""
+    folder = RunFolder.create(session.out, facts.manifest(
+        session.out, ["loadgen", *session.command], session.scenario, session.seed,
+        session.criteria, server.target, server.facts(), {}, 1))
+    view.say(f"{session.scenario.name} → {server.target.model}, simulated in virtual time; records "
+             f"in {folder.path}")
+    executor = _Kept(folder, VirtualExecutor(session.scenario, server.config, server.utilization))
+
+    async def doing() -> SweepResult:
+        with view:
+            return await body(executor)
+    return asyncio.run(doing())
+
+
+class _Kept:
+    """A virtual executor whose legs are written down."""
+
+    def __init__(self, folder: RunFolder, executor: VirtualExecutor) -> None:
+        self._executor = executor
+        self._legs, self._telemetry = folder.legs_journal(), folder.telemetry("server")
+        self._records = Journal(folder.records_path(0))
+        self._records.append(Header(SCHEMA, folder.path.name, 0, 0, 0))
+
+    @property
+    def now_s(self) -> float:
+        return self._executor.now_s
+
+    async def restart(self, why: str) -> None:
+        await self._executor.restart(why)
+
+    async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
+        self._legs.append(LegLine(leg=leg))
+        window, records, signs = await self._executor.run_leg(leg)
+        for record in records:
+            self._records.append(record)
+        for row in self._executor.rows:
+            self._telemetry.append(row)
+        self._legs.append(LegLine(window=window))
+        return window, records, signs
 
 
 def _drive(session: Coroutine[Any, Any, SweepResult]) -> SweepResult:

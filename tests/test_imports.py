@@ -51,8 +51,9 @@ ALLOWED = {
     "doctor": "calibration headroom metrics rungs selftest",
     "view": "judge leg supervise",
     "facts": "judge prompts scenario store target",
+    "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
     "runner": "calibrate errors facts judge leg ramp record scenario store supervise sweep "
-              "target telemetry.server telemetry.signs view",
+              "target telemetry.server telemetry.signs view virtual",
     "campaign": "errors scenario store target",
     "options": "errors scenario target",
     "cli": "options calibration campaign doctor errors judge leg ramp runner scenario target view",
@@ -64,6 +65,7 @@ ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "l
                 "scenario", "telemetry.signs", "errors", "headroom"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
+             "loadgen.virtual",
              "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",

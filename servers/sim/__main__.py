@@ -8,15 +8,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from aiohttp import web
 
-from servers.sim import costs, faults
+from servers.sim import costs, faults, profiles
 from servers.sim.app import Server
 from servers.sim.engine import Engine, EngineConfig
 from servers.sim.log import log
 
+GPU, MODEL = "4090d", "qwen2.5-7b"
 PR_SET_PDEATHSIG = 1
 LATE_SHARE = 0.01  # of the steps late: then the log says that the schedule was not kept
 
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     try:
         config = engine_config(options)
-    except costs.DoesNotFit as e:
+    except (costs.DoesNotFit, ValueError) as e:
         log("EngineCore", "ERROR", "core.py:1512", f"EngineCore failed to start.\nValueError: {e}")
         log("APIServer", "ERROR", "core.py:1100", "RuntimeError: Engine core initialization "
             "failed. See root cause above. Failed core proc(s): {}")
@@ -87,14 +89,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                 description=__doc__)
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=_number(int, 0, 65535), default=8000, help="0: any free one")
-    p.add_argument("--gpu", type=_one_of(costs.GPUS), default="4090d")
-    p.add_argument("--model", type=_one_of(costs.MODELS), default="qwen2.5-7b")
+    p.add_argument("--gpu", type=_one_of(costs.GPUS), default=None, help=f"default: {GPU}")
+    p.add_argument("--model", type=_one_of(costs.MODELS), default=None, help=f"default: {MODEL}")
+    p.add_argument("--profile", type=_profile, metavar="FILE", help="constants that were fitted on "
+                   "a real server, by `python -m servers.sim.fit RUN`")
     p.add_argument("--tensor-parallel-size", "-tp", type=_number(int, 1, 64), default=1)
     p.add_argument("--gpu-memory-utilization", type=_number(float, 0.01, 1), default=0.92)
     p.add_argument("--max-model-len", type=_number(int, 1, 10**7))
     p.add_argument("--max-num-seqs", type=_number(int, 1, 10**5))
     p.add_argument("--max-num-batched-tokens", type=_number(int, 1, 10**6))
     p.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--stream-interval", type=_number(int, 1, 10**4), default=1)
     p.add_argument("--served-model-name", nargs="+")
     p.add_argument("--api-key")
     p.add_argument("--seed", type=_number(int, 0, 2**63), default=0)
@@ -109,6 +114,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options, unknown = p.parse_known_args(argv)
     if options.request_log and not options.request_log.parent.is_dir():
         p.error(f"--request-log {options.request_log}: there is no such folder")
+    fitted = options.profile
+    options.gpu = options.gpu or (fitted and fitted.gpu) or GPU
+    options.model = options.model or (fitted and fitted.model) or MODEL
     if unknown:
         known = [o for a in p._actions for o in a.option_strings]
         p.error(f"unknown option {unknown[0]!r}{_nearest(unknown[0].split('=')[0], known)}; "
@@ -117,17 +125,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """Raises DoesNotFit."""
+    """Raises DoesNotFit; ValueError for sizes that vLLM refuses."""
     machine = costs.Machine(costs.GPUS[_key(options.gpu)], costs.MODELS[_key(options.model)],
                             options.tensor_parallel_size)
+    if options.profile:
+        machine = replace(machine, constants=options.profile.constants)
     batched_tok, seqs = costs.batch_defaults(machine.gpu)
-    batched_tok = options.max_num_batched_tokens or batched_tok
     seqs = options.max_num_seqs or seqs
+    batched_tok = options.max_num_batched_tokens or max(batched_tok, seqs)
     max_model_len = options.max_model_len or machine.model.max_len
     blocks = costs.kv_blocks(machine, options.gpu_memory_utilization, batched_tok, seqs,
                              max_model_len)
     return EngineConfig(machine, blocks, max_model_len, batched_tok, seqs,
-                        options.enable_prefix_caching, options.mean_output_tokens, options.seed)
+                        options.enable_prefix_caching, options.mean_output_tokens, options.seed,
+                        options.stream_interval)
 
 
 def _key(name: str) -> str:
@@ -156,6 +167,13 @@ def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
         return value
     return check
+
+
+def _profile(text: str) -> profiles.Profile:
+    try:
+        return profiles.load(Path(text))
+    except profiles.BadProfile as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _fault(text: str) -> faults.Fault:

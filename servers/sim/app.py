@@ -12,8 +12,8 @@ from pathlib import Path
 from aiohttp import web
 
 from servers.sim import faults, metrics, text, wire
-from servers.sim.costs import FRONT_REQUEST_S
-from servers.sim.engine import Engine, Request
+from servers.sim.engine import Engine, Request, Step
+from servers.sim.front import Front
 from servers.sim.log import log, log_death
 from servers.sim.stream import Stream
 
@@ -38,6 +38,7 @@ class Server:
         self.pacing = metrics.Pacing()
         self.latencies = metrics.Latencies()
         self.stopped = asyncio.Event()
+        self._front = Front(engine.config.machine.constants)
         self._models, self._utilization, self._api_key = models, utilization, api_key
         self._fault, self._speed = fault, speed
         self._request_log = request_log.open("a", buffering=1) if request_log else None
@@ -85,11 +86,11 @@ class Server:
 
     async def _run(self) -> None:
         """Steps the engine. Deadlines are absolute: a late step delays no later one, and lateness
-        is counted, never hidden."""
+        is counted, never hidden. Where the front end lags, the engine runs ahead of it."""
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         while True:
-            step = self.engine.step(now_s)
+            step = self.engine.step(now_s * self._speed)
             if step is None:
                 self._wake.clear()
                 await self._wake.wait()
@@ -98,14 +99,20 @@ class Server:
             if self._fault and self.engine.running >= self._fault.at:
                 await self._fall(self._fault.kind)
                 return
-            due_s = now_s + step.duration_s / self._speed
-            await asyncio.sleep(max(0.0, due_s - loop.time()))
-            woken_s = loop.time()
-            self.pacing.note(now_s, due_s, woken_s)
-            for request_id in step.tokens:
-                if stream := self._streams.get(request_id):
-                    stream.token(woken_s, step.finished.get(request_id), self.latencies)
-            now_s = due_s
+            began_s, now_s = now_s, now_s + step.duration_s / self._speed
+            await asyncio.sleep(max(0.0, now_s - loop.time()))
+            self.pacing.ran(began_s, now_s)
+            due_s = self._front.give_out(now_s * self._speed, step.events) / self._speed
+            loop.call_at(due_s, self._deliver, step, due_s)
+
+    def _deliver(self, step: Step, due_s: float) -> None:
+        if self._dead:
+            return
+        woken_s = asyncio.get_running_loop().time()
+        self.pacing.delivered(due_s, woken_s)
+        for request_id in step.tokens:
+            if stream := self._streams.get(request_id):
+                stream.token(woken_s, step.finished.get(request_id), self.latencies)
 
     async def _fall(self, kind: str) -> None:
         """The engine dies, as vLLM's does: streams are told, /health says so, the process goes."""
@@ -151,7 +158,7 @@ class Server:
         if request.transport is None or (fault and fault.kind == "empty"):
             return response
         stream = Stream(wire.Answer(ask, name), due_s, request.transport, fault,
-                        self._rng.getrandbits(32))
+                        self._rng.getrandbits(32), self.engine.config.stream_interval)
         try:
             result = await self._through_engine(stream, fault)
         finally:
@@ -179,7 +186,9 @@ class Server:
         self._streams[request_id] = stream
         try:
             late_s = fault.at if fault and fault.kind == "slow-first" else 0.0
-            await asyncio.sleep(FRONT_REQUEST_S / self._speed + late_s)
+            now_s = asyncio.get_running_loop().time()
+            ready_s = self._front.take_in(now_s * self._speed) / self._speed
+            await asyncio.sleep(ready_s - now_s + late_s)
             self.engine.submit(Request(request_id, len(ask.tokens), ask.max_tokens,
                                        ask.ignore_eos, ask.min_tokens, hashes))
             self._wake.set()

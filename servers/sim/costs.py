@@ -1,83 +1,21 @@
 """What a model costs on a GPU: memory for its KV cache, seconds for one step of a batch.
 
 A roofline: a step takes as long as its arithmetic or its memory traffic, whichever is longer, plus
-what the GPUs say to each other and what the host does between steps. Checked against vLLM 0.26 on
-an H200 with Qwen2.5-7B (ITL 4.75 / 4.95 / 5.99 ms at 1 / 8 / 64 streams, prefill 43,600 tok/s).
+what the GPUs say to each other and what the host does between steps. The numbers are data, with
+their sources (`hardware.toml`); what was measured stands against what is simulated in
+`tests/benchmarks/sim_against_h200.py`.
 """
 
 from dataclasses import dataclass
 
+from servers.sim.profiles import CONSTANTS, GPUS, MODELS, Constants, Gpu, Model
+
+__all__ = ["BLOCK_TOK", "GIB", "GPUS", "MODELS", "Batch", "DoesNotFit", "Machine", "StepTime"]
+
 GIB = 2**30
 BYTES = 2  # per weight and per KV element: bfloat16
+LOADED = 1.0075  # of the weights' bytes, with buffers: 14.29 and 0.93 GiB measured for 7B and 0.5B
 BLOCK_TOK = 16  # tokens per KV block, vLLM's default on GPUs
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One card. `memory_gib` is what CUDA reports; `link_*` is an all-reduce with its peers."""
-
-    name: str
-    bandwidth: float  # bytes/s
-    flops: float  # dense bf16 with fp32 accumulation, per second
-    mfu: float  # share of it that a prefill reaches
-    memory_gib: float
-    link_bandwidth: float  # bytes/s on the bus
-    link_latency_s: float
-    idle_w: float
-    max_w: float
-    big_batches: bool = False  # vLLM's larger defaults: ≥ 70 GiB and not an A100
-
-
-# Bandwidth, FLOPs and power: the makers' data sheets (4090D: 14,592 of the 4090's 16,384 cores).
-# Memory: cudaMemGetInfo as vLLM logs it. Links: PCIe 4 without peer-to-peer (host bounce, ~12 GB/s
-# and 30 µs) or NVLink (~300 GB/s of all-reduce bandwidth, 8 µs); both are estimates.
-# MFU: 0.58 is 43,600 tok/s measured on the H200; 0.55 and, for cards that throttle, 0.50 are
-# estimates (published ones lie between 0.45 and 0.6).
-GPUS = {
-    "3090": Gpu("NVIDIA GeForce RTX 3090", 0.936e12, 71.2e12, 0.50, 23.6, 12e9, 30e-6, 25, 350),
-    "4090d": Gpu("NVIDIA GeForce RTX 4090 D", 1.008e12, 147.1e12, 0.50, 23.6, 12e9, 30e-6, 20, 425),
-    "a100-80": Gpu("NVIDIA A100-SXM4-80GB", 2.039e12, 312e12, 0.55, 79.2, 300e9, 8e-6, 60, 400),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 3.35e12, 989.5e12, 0.58, 79.2, 300e9, 8e-6, 70, 700, True),
-    "h200": Gpu("NVIDIA H200", 4.8e12, 989.5e12, 0.58, 139.8, 300e9, 8e-6, 75, 700, True),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A dense decoder's shape, as its config.json has it."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    params: float  # all weights; the embedding counts once where it is tied to the output layer
-    tied: bool
-    max_len: int
-
-    @property
-    def body(self) -> float:
-        """Weights that every token passes: all but the embedding and the output layer."""
-        return self.params - self.vocab * self.hidden * (1 if self.tied else 2)
-
-
-MODELS = {
-    "qwen2.5-0.5b": Model("Qwen/Qwen2.5-0.5B-Instruct", 24, 896, 14, 2, 64, 4864, 151936,
-                          0.494e9, True, 32768),
-    "qwen2.5-1.5b": Model("Qwen/Qwen2.5-1.5B-Instruct", 28, 1536, 12, 2, 128, 8960, 151936,
-                          1.544e9, True, 32768),
-    "qwen2.5-3b": Model("Qwen/Qwen2.5-3B-Instruct", 36, 2048, 16, 2, 128, 11008, 151936,
-                        3.086e9, True, 32768),
-    "qwen2.5-7b": Model("Qwen/Qwen2.5-7B-Instruct", 28, 3584, 28, 4, 128, 18944, 152064,
-                        7.615e9, False, 32768),
-    "qwen2.5-14b": Model("Qwen/Qwen2.5-14B-Instruct", 48, 5120, 40, 8, 128, 13824, 152064,
-                         14.77e9, False, 32768),
-    "llama-3-8b": Model("meta-llama/Meta-Llama-3-8B-Instruct", 32, 4096, 32, 8, 128, 14336, 128256,
-                        8.030e9, False, 8192),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +25,12 @@ class Machine:
     gpu: Gpu
     model: Model
     tp: int = 1
+    constants: Constants = CONSTANTS
 
     @property
     def weights_gib(self) -> float:
         """On each GPU."""
-        return self.model.params * BYTES / GIB / self.tp
+        return self.model.params * BYTES * LOADED / GIB / self.tp
 
     @property
     def kv_bytes_per_tok(self) -> int:
@@ -102,10 +41,13 @@ class Machine:
 
 # ---------------------------------------------------------------------------------------- memory
 
-GRAPHS_GIB = 0.5  # captured CUDA graphs (0.89 measured on an H200 with its larger batches)
-CONTEXT_GIB = 0.15  # what CUDA itself takes (0.22 measured there) ...
-CONTEXT_TP_GIB = 0.6  # ... and with NCCL's buffers
-LOGIT_BYTES = 10  # per sequence and vocabulary entry: logits in bf16 and fp32, and the sampler's
+GRAPHS_LAYER_GIB = 0.89 / 28  # CUDA graphs of a layer: 0.89 GiB measured for 28 layers
+CONTEXT_GIB = 0.22  # "non-torch memory": measured there …
+CONTEXT_TP_GIB = 0.6  # … and, with NCCL's buffers, an estimate
+DRIVER_GIB = 0.5  # taken before vLLM starts: 139.29 of 139.8 GiB were free
+LAYER_BYTES = 12  # per hidden unit and token, at a layer's peak …
+FFN_BYTES = 3 * BYTES  # … and per unit of its feed-forward part: gate, up, and their product
+LOGIT_BYTES = 8  # per sequence and vocabulary entry: logits in bf16 and fp32, and the sampler's
 
 
 class DoesNotFit(Exception):
@@ -117,29 +59,51 @@ def batch_defaults(gpu: Gpu) -> tuple[int, int]:
     return (8192, 1024) if gpu.big_batches else (2048, 256)
 
 
-def overhead_gib(machine: Machine, batched_tok: int, seqs: int) -> float:
-    """Memory of each GPU that is neither weights nor KV cache: activations at the largest batch,
-    CUDA graphs and context."""
+def activation_gib(machine: Machine, batched_tok: int, seqs: int) -> float:
+    """Peak of the largest batch on each GPU: within a layer or while sampling, whichever is more.
+    1.13 GiB measured for 8,192 tokens of Qwen2.5-7B."""
     m = machine.model
-    activation = batched_tok * (3 * m.ffn * BYTES + 12 * m.hidden) + seqs * m.vocab * LOGIT_BYTES
-    context = CONTEXT_GIB if machine.tp == 1 else CONTEXT_TP_GIB
-    return activation / GIB + GRAPHS_GIB + context
+    layer = batched_tok * (FFN_BYTES * m.ffn / machine.tp + LAYER_BYTES * m.hidden)
+    return max(layer, seqs * m.vocab * LOGIT_BYTES) / GIB
+
+
+def context_gib(machine: Machine) -> float:
+    return CONTEXT_GIB if machine.tp == 1 else CONTEXT_TP_GIB
+
+
+def graphs_gib(machine: Machine) -> float:
+    """CUDA graphs come on top of what `gpu_memory_utilization` allows: vLLM 0.26 captures them
+    after it has sized the KV cache."""
+    return GRAPHS_LAYER_GIB * machine.model.layers
+
+
+def used_gib(machine: Machine, utilization: float) -> float:
+    """Memory in use on each GPU once vLLM is up, as NVML shows it; it hardly changes with load."""
+    gpu = machine.gpu
+    return min(gpu.memory_gib, gpu.memory_gib * utilization + graphs_gib(machine))
 
 
 def kv_blocks(machine: Machine, utilization: float, batched_tok: int, seqs: int,
               max_model_len: int) -> int:
     """KV blocks that vLLM would allocate. Raises DoesNotFit where it would refuse to start."""
     gpu, m = machine.gpu, machine.model
+    asked_gib = gpu.memory_gib * utilization
     if m.heads % machine.tp:
         raise DoesNotFit(f"Total number of attention heads ({m.heads}) must be divisible by "
                          f"tensor parallel size ({machine.tp}).")
-    if machine.weights_gib > gpu.memory_gib - CONTEXT_GIB:
+    if asked_gib > gpu.memory_gib - DRIVER_GIB:
+        raise DoesNotFit(
+            f"Free memory on device cuda:0 ({gpu.memory_gib - DRIVER_GIB:.2f}/{gpu.memory_gib:.2f} "
+            f"GiB) on startup is less than desired GPU memory utilization ({utilization:g}, "
+            f"{asked_gib:.2f} GiB). Decrease GPU memory utilization or reduce GPU memory used by "
+            "other processes.")
+    if machine.weights_gib > gpu.memory_gib - DRIVER_GIB:
         raise DoesNotFit(
             "Failed to load model - not enough GPU memory. torch.OutOfMemoryError: CUDA out of "
             f"memory. The weights take {machine.weights_gib:.2f} GiB; GPU 0 has a total capacity "
             f"of {gpu.memory_gib:.2f} GiB.")
-    available_gib = (gpu.memory_gib * utilization - machine.weights_gib
-                     - overhead_gib(machine, batched_tok, seqs))
+    available_gib = (asked_gib - machine.weights_gib - context_gib(machine)
+                     - activation_gib(machine, batched_tok, seqs))
     if available_gib <= 0:
         raise DoesNotFit("No available memory for the cache blocks. Try increasing "
                          "`gpu_memory_utilization` when initializing the engine.")
@@ -157,13 +121,7 @@ def kv_blocks(machine: Machine, utilization: float, batched_tok: int, seqs: int,
 
 # ------------------------------------------------------------------------------------------ time
 
-BANDWIDTH_SHARE = 0.80  # of the data sheet's: 4.75 ms for the H200's 14.1 GB of weights
 ACTIVATION_BYTES = 16  # per layer, hidden unit and token: what a layer reads and writes
-HOST_STEP_S = 0.6e-3  # schedule, build the batch, sample, hand over
-HOST_LAYER_S = 12e-6  # launches of a layer's kernels that CUDA graphs do not hide
-HOST_SEQ_S = 5e-6  # per sampled sequence
-FRONT_TOKEN_S = 52e-6  # per token in the one API process (detokenise, JSON, SSE): its ceiling
-FRONT_REQUEST_S = 8e-3  # per request before the engine sees it (HTTP, tokenise): latency only
 
 
 @dataclass(slots=True)
@@ -177,17 +135,35 @@ class Batch:
     context_tok: int = 0
 
 
-def step_time_s(machine: Machine, batch: Batch) -> float:
-    """One forward pass of the batch on all `tp` GPUs, and the host's time around it."""
-    m, gpu, tp = machine.model, machine.gpu, machine.tp
-    flops = (2 * m.body * batch.new_tok + 2 * m.hidden * m.vocab * batch.sampled
-             + 4 * m.layers * m.heads * m.head_dim * batch.attended)
-    moved = (BYTES * (m.body + m.hidden * m.vocab) / tp
-             + machine.kv_bytes_per_tok * (batch.context_tok + batch.new_tok)
-             + ACTIVATION_BYTES * m.layers * m.hidden * batch.new_tok)
-    device_s = max(flops / (tp * gpu.flops * gpu.mfu), moved / (gpu.bandwidth * BANDWIDTH_SHARE))
-    if tp > 1:  # two all-reduces a layer
-        sent = 2 * (tp - 1) / tp * batch.new_tok * m.hidden * BYTES
-        device_s += 2 * m.layers * (sent / gpu.link_bandwidth + gpu.link_latency_s)
-    host_s = HOST_STEP_S + HOST_LAYER_S * m.layers + HOST_SEQ_S * batch.sampled
-    return max(device_s + host_s, FRONT_TOKEN_S * batch.sampled)
+class StepTime:
+    """Seconds of one forward pass on all `tp` GPUs, and of the host around it: linear in the
+    batch but for the roofline's bend, so its coefficients are worked out once."""
+
+    def __init__(self, machine: Machine) -> None:
+        m, gpu, tp, c = machine.model, machine.gpu, machine.tp, machine.constants
+        flops = tp * gpu.flops * (c.mfu or gpu.mfu)
+        self._flop_tok_s = 2 * m.body / flops
+        self._flop_sample_s = 2 * m.hidden * m.vocab / flops
+        self._flop_pair_s = 4 * m.layers * m.heads * m.head_dim / flops
+        bandwidth = gpu.bandwidth * c.bandwidth_frac
+        self._weights_s = BYTES * (m.body + m.hidden * m.vocab) / tp / bandwidth
+        self._kv_s = machine.kv_bytes_per_tok / bandwidth
+        self._move_tok_s = self._kv_s + ACTIVATION_BYTES * m.layers * m.hidden / bandwidth
+        self._link_s = self._link_tok_s = 0.0
+        if tp > 1:  # two all-reduces a layer
+            sent = 2 * (tp - 1) / tp * m.hidden * BYTES
+            self._link_s = 2 * m.layers * gpu.link_latency_s
+            self._link_tok_s = 2 * m.layers * sent / gpu.link_bandwidth
+        self._host_s = c.host_step_s + c.host_layer_s * m.layers
+        self._seq_s = c.host_seq_s
+
+    def __call__(self, batch: Batch) -> float:
+        return self.of(batch.new_tok, batch.sampled, batch.attended, batch.context_tok)
+
+    def of(self, new_tok: int, sampled: int, attended: float, context_tok: int) -> float:
+        """The same; the fields of a Batch."""
+        compute_s = (self._flop_tok_s * new_tok + self._flop_sample_s * sampled
+                     + self._flop_pair_s * attended)
+        memory_s = self._weights_s + self._kv_s * context_tok + self._move_tok_s * new_tok
+        return (max(memory_s, compute_s) + self._link_s + self._link_tok_s * new_tok
+                + self._host_s + self._seq_s * sampled)

@@ -4,18 +4,25 @@ Each step spends a budget of tokens: on running requests first, in order, then o
 first come first served; a long prompt is cut into chunks of what is left. KV memory is handed out
 in blocks of 16 tokens. When a running request finds no block, the last running one is preempted:
 it loses its blocks, goes to the head of the queue and is computed anew.
+
+Requests that decode get one token in every step, so they are not gone through one by one: how much
+a step reads, how many of them need a block and which of them end is known from its number.
 """
 
 import random
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from servers.sim.costs import BLOCK_TOK, Batch, Machine, step_time_s
+from servers.sim.blocks import BlockPool
+from servers.sim.costs import BLOCK_TOK, Batch, Machine, StepTime
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
+    """`stream_interval`: a client gets an event for its first token, for every so many after it,
+    and for its last one."""
+
     machine: Machine
     num_blocks: int
     max_model_len: int
@@ -24,6 +31,13 @@ class EngineConfig:
     prefix_caching: bool = True
     mean_output_tok: float = 256.0  # of answers that end by themselves (EOS), geometric
     seed: int = 0
+    stream_interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:  # vLLM's words
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be greater than or "
+                f"equal to max_num_seqs ({self.max_num_seqs}).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +56,17 @@ class Request:
 @dataclass(slots=True)
 class Step:
     """One step: it ends at `end_s`, and every request of `tokens` then gets one token (an EOS,
-    without text, where `finished` says "stop")."""
+    without text, where `finished` says "stop"). `begun`: those of `tokens` that had none in the
+    step before; `preempted`: those that get none for a while. `events`: how many of the tokens
+    make an event of a stream (all, but for `stream_interval`)."""
 
     start_s: float
     duration_s: float
     tokens: list[int]
+    begun: list[int] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
     finished: dict[int, str] = field(default_factory=dict)  # id -> finish_reason
+    events: int = 0
 
     @property
     def end_s(self) -> float:
@@ -67,73 +86,28 @@ class Stats:
     finished: Counter[str] = field(default_factory=Counter)
 
 
-class BlockPool:
-    """KV blocks: `free` ones, those of requests, and idle ones whose content is still findable by
-    hash and which are given away least recently used first."""
-
-    def __init__(self, size: int) -> None:
-        self.size = self.free = size
-        self._refs: dict[int, int] = {}  # findable and in use
-        self._idle: OrderedDict[int, None] = OrderedDict()  # findable, nobody's
-
-    @property
-    def available(self) -> int:
-        return self.free + len(self._idle)
-
-    def take(self, n: int) -> None:
-        """`n` blocks for new content; the caller has seen that so many are available."""
-        fresh = min(n, self.free)
-        self.free -= fresh
-        for _ in range(n - fresh):
-            self._idle.popitem(last=False)
-
-    def match(self, hashes: Sequence[int], most: int) -> tuple[int, int]:
-        """(leading blocks of `hashes` that are here, `most` at most; how many of them are idle)."""
-        found = idle = 0
-        for h in hashes[:most]:
-            if h in self._idle:
-                idle += 1
-            elif h not in self._refs:
-                break
-            found += 1
-        return found, idle
-
-    def claim(self, hashes: Sequence[int]) -> None:
-        for h in hashes:
-            self._idle.pop(h, None)
-            self._refs[h] = self._refs.get(h, 0) + 1
-
-    def publish(self, h: int) -> bool:
-        """Makes a block of the caller's findable; False if there is one of the same content."""
-        if h in self._refs or h in self._idle:
-            return False
-        self._refs[h] = 1
-        return True
-
-    def give_back(self, anonymous: int, hashes: Sequence[int]) -> None:
-        self.free += anonymous
-        for h in reversed(hashes):  # a prefix's tail goes first when memory is short
-            self._refs[h] -= 1
-            if not self._refs[h]:
-                del self._refs[h]
-                self._idle[h] = None
-
-
 class _Seq:
-    """A request in the engine. Its blocks hold `room` tokens."""
+    """A request in the engine. `computed` of its `total` tokens are in the KV cache; while it
+    decodes, that was so in step number `since`, and each step since has added one."""
 
-    __slots__ = ("computed", "findable", "preempted", "reason", "request", "room", "stop_at",
-                 "total")
+    __slots__ = ("again", "computed", "ends", "findable", "given", "output", "reason", "request",
+                 "room", "since", "total")
 
-    def __init__(self, request: Request, stop_at: int, reason: str) -> None:
+    def __init__(self, request: Request, output: int, reason: str) -> None:
         self.request = request
-        self.total = request.prompt_tok  # prompt and generated
-        self.computed = 0  # of these, in the KV cache
-        self.stop_at = stop_at  # `total` at which it ends, for `reason`
+        self.output = output  # tokens until it ends, for `reason` …
+        self.given = 0  # … of which it has these
         self.reason = reason
-        self.room = 0
-        self.findable: list[int] = []  # hashes of its leading blocks
-        self.preempted = False
+        self.total = request.prompt_tok  # and what a preemption threw away
+        self.computed = self.since = 0
+        self.ends = 0  # the number of its last step
+        self.room = 0  # tokens that its blocks hold, until it decodes
+        self.findable = 0  # of its leading blocks, those that have a hash in the pool
+        self.again = False  # was preempted
+
+    def at(self, number: int) -> int:
+        """Tokens in the KV cache after that step."""
+        return self.computed + number - self.since
 
 
 class Engine:
@@ -142,15 +116,22 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.stats = Stats()
+        self._time = StepTime(config.machine)
         self._pool = BlockPool(config.num_blocks)
         self._rng = random.Random(config.seed)
-        self._running: list[_Seq] = []
+        self._number = 0  # of the last step
         self._waiting: deque[_Seq] = deque()
         self._aborted: set[int] = set()
+        self._partial: _Seq | None = None  # the last running one, if its prompt is not yet through
+        self._decoding: dict[int, _Seq] = {}  # the others, in the order in which they run:
+        self._context = 0  # tokens they have in the KV cache
+        self._hungry = [0] * BLOCK_TOK  # how many of them need a block, by step mod 16 …
+        self._telling = [0] * config.stream_interval  # … or make an event, mod the interval
+        self._ends: dict[int, list[_Seq]] = {}  # by step; some may have been preempted since
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self._decoding) + (self._partial is not None)
 
     @property
     def waiting(self) -> int:
@@ -170,7 +151,7 @@ class Engine:
             drawn = max(drawn, request.min_tokens + 1)
             if drawn <= output:
                 output, reason = drawn, "stop"
-        self._waiting.append(_Seq(request, request.prompt_tok + output, reason))
+        self._waiting.append(_Seq(request, output, reason))
 
     def abort(self, request_id: int) -> None:
         """Forgets the request at the next step, which is when its blocks become free. Unknown and
@@ -179,67 +160,140 @@ class Engine:
 
     def step(self, now_s: float) -> Step | None:
         """The step that starts now; None when there is nothing to do."""
-        self._drop_aborted()
-        batch, step = Batch(), Step(now_s, 0.0, [])
-        done: list[_Seq] = []
-        calm = self._advance_running(batch, step.tokens, done)
-        if calm:
-            self._admit(batch, step.tokens, done)
+        if self._aborted:
+            self._drop_aborted()
+        number = self._number = self._number + 1
+        step = Step(now_s, 0.0, [])
+        need = self._hungry[(number - 1) % BLOCK_TOK]
+        if need <= self._pool.available:
+            self._pool.take(need)
+        else:
+            self._take_in_turn(step, number)
+        step.tokens = list(self._decoding)
+        n = len(step.tokens)
+        self._context += n
+        batch = Batch(n, 0, self._context - n / 2, self._context)
+        step.events = self._telling[number % len(self._telling)]
+        if self._partial is not None:
+            self._go_on(self._partial, batch, step)
+        if self._waiting and not step.preempted:
+            self._admit(batch, step)
         if not batch.new_tok:
             return None
-        for seq in done:
-            self._running.remove(seq)
-            self._release(seq)
-            step.finished[seq.request.id] = seq.reason
-            self.stats.finished[seq.reason] += 1
+        step.tokens += step.begun
+        for seq in self._ends.pop(number, ()):
+            if self._decoding.get(seq.request.id) is seq and seq.ends == number:
+                self._finish(seq, step, number)
         batch.sampled = len(step.tokens)
-        self.stats.generation_tok += batch.sampled
         self.stats.steps += 1
-        step.duration_s = step_time_s(self.config.machine, batch)
+        self.stats.generation_tok += batch.sampled
+        step.duration_s = self._time(batch)
         return step
 
-    def _drop_aborted(self) -> None:
-        if not self._aborted:
-            return
-        for seq in [s for s in self._running if s.request.id in self._aborted]:
-            self._running.remove(seq)
-            self._release(seq)
-        self._waiting = deque(s for s in self._waiting if s.request.id not in self._aborted)
-        self._aborted.clear()
-
-    def _advance_running(self, batch: Batch, tokens: list[int], done: list[_Seq]) -> bool:
-        """Gives the running requests their share of the step; False if one had to be preempted."""
-        running, budget = self._running, self.config.max_num_batched_tokens
-        preemptions = self.stats.preemptions
-        i = 0
-        while i < len(running) and batch.new_tok < budget:
-            seq = running[i]
-            new = min(seq.total - seq.computed, budget - batch.new_tok)
-            if seq.computed + new > seq.room and not self._make_room(seq, seq.computed + new):
+    def coast(self, now_s: float, until_s: float) -> list[float]:
+        """The ends of the steps from now on in which those that decode go on and nothing else
+        happens, up to the first that ends after `until_s`. The same as `step` for each of them,
+        but quick; empty: the next step is not such a one."""
+        full = self.running >= self.config.max_num_seqs
+        if (self._aborted or self._partial is not None or (self._waiting and not full)
+                or not self._decoding or len(self._telling) > 1):
+            return []
+        ends: list[float] = []
+        n, number, context, pool = len(self._decoding), self._number, self._context, self._pool
+        while now_s < until_s and number + 1 not in self._ends:
+            need = self._hungry[number % BLOCK_TOK]
+            if need > pool.available:
                 break
-            self._compute(seq, new, batch, tokens, done)
-            i += 1
-        return self.stats.preemptions == preemptions
+            pool.take(need)
+            number += 1
+            context += n
+            now_s += self._time.of(n, n, context - n / 2, context)
+            ends.append(now_s)
+        self._number, self._context = number, context
+        self.stats.steps += len(ends)
+        self.stats.generation_tok += n * len(ends)
+        return ends
 
-    def _make_room(self, seq: _Seq, upto_tok: int) -> bool:
-        """Blocks for `seq`, if need be those of later ones; False if it was preempted itself."""
-        need = -(-(upto_tok - seq.room) // BLOCK_TOK)
-        while self._pool.available < need:
-            victim = self._running.pop()
-            self._release(victim)
-            victim.preempted = True
-            self._waiting.appendleft(victim)
-            self.stats.preemptions += 1
-            if victim is seq:
-                return False
-        self._pool.take(need)
-        seq.room += need * BLOCK_TOK
-        return True
+    # ------------------------------------------------------------------------------- the running
 
-    def _admit(self, batch: Batch, tokens: list[int], done: list[_Seq]) -> None:
+    def _take_in_turn(self, step: Step, number: int) -> None:
+        """A block for each of those that need one, in order; where there is none, the last running
+        one is preempted. (Whoever has taken one stands before all that can be preempted.)"""
+        for seq in list(self._decoding.values()):
+            if seq.request.id not in self._decoding:
+                return
+            if seq.at(number - 1) % BLOCK_TOK:
+                continue
+            while not self._pool.available:
+                if self._preempt_last(step, number - 1) is seq:
+                    return
+            self._pool.take(1)
+
+    def _preempt_last(self, step: Step, number: int) -> _Seq:
+        """`number`: of the last step that the victim took part in."""
+        victim = self._partial
+        if victim is not None:
+            self._release(victim, victim.room)
+            self._partial = None
+        else:
+            victim = next(reversed(self._decoding.values()))
+            victim.given += number - victim.since
+            victim.total = victim.at(number) + 1
+            self._leave(victim, number)
+        victim.computed, victim.again = 0, True
+        self._waiting.appendleft(victim)
+        self.stats.preemptions += 1
+        step.preempted.append(victim.request.id)
+        return victim
+
+    def _leave(self, seq: _Seq, number: int) -> None:
+        """It decodes no more after that step; its blocks are free."""
+        computed = seq.at(number)
+        del self._decoding[seq.request.id]
+        self._context -= computed
+        self._hungry[(seq.since - seq.computed) % BLOCK_TOK] -= 1
+        self._telling[(seq.ends - seq.output + 1) % len(self._telling)] -= 1
+        self._release(seq, -(-computed // BLOCK_TOK) * BLOCK_TOK)
+
+    def _finish(self, seq: _Seq, step: Step, number: int) -> None:
+        """Its last token is an event, whatever the interval."""
+        step.events += (seq.output - 1) % self.config.stream_interval != 0
+        self._leave(seq, number)
+        step.finished[seq.request.id] = seq.reason
+        self.stats.finished[seq.reason] += 1
+
+    def _release(self, seq: _Seq, room: int) -> None:
+        self._pool.give_back(room // BLOCK_TOK - seq.findable,
+                             seq.request.prompt_blocks[:seq.findable])
+        seq.findable = seq.room = 0
+
+    def _drop_aborted(self) -> None:
+        """Many of them have ended meanwhile."""
+        gone, self._aborted = self._aborted, set()
+        for seq in [s for i, s in self._decoding.items() if i in gone]:
+            self._leave(seq, self._number)
+        if self._partial is not None and self._partial.request.id in gone:
+            self._release(self._partial, self._partial.room)
+            self._partial = None
+        if any(s.request.id in gone for s in self._waiting):
+            self._waiting = deque(s for s in self._waiting if s.request.id not in gone)
+
+    # ------------------------------------------------------------------------------------ prompts
+
+    def _go_on(self, seq: _Seq, batch: Batch, step: Step) -> None:
+        """The next chunk of a long prompt."""
+        new = min(seq.total - seq.computed, self.config.max_num_batched_tokens - batch.new_tok)
+        need = -(-(seq.computed + new - seq.room) // BLOCK_TOK)
+        if need > self._pool.available:
+            self._preempt_last(step, self._number)
+            return
+        self._partial = None
+        self._prefill(seq, new, need, batch, step)
+
+    def _admit(self, batch: Batch, step: Step) -> None:
         """Starts waiting requests in order, until one does not fit (it blocks those behind it)."""
         config, pool = self.config, self._pool
-        while self._waiting and len(self._running) < config.max_num_seqs:
+        while self._waiting and self.running < config.max_num_seqs:
             budget = config.max_num_batched_tokens - batch.new_tok
             seq = self._waiting[0]
             hashes = seq.request.prompt_blocks if config.prefix_caching else ()
@@ -249,44 +303,37 @@ class Engine:
             need = -(-(cached + new) // BLOCK_TOK) - found
             if budget <= 0 or need > pool.available - idle:
                 return
-            self._running.append(self._waiting.popleft())
+            self._waiting.popleft()
             pool.claim(hashes[:found])
-            pool.take(need)
-            seq.findable, seq.computed = list(hashes[:found]), cached
-            seq.room = (found + need) * BLOCK_TOK
-            if not seq.preempted and config.prefix_caching:
+            seq.findable, seq.computed, seq.room = found, cached, cached
+            if not seq.again and config.prefix_caching:
                 self.stats.prefix_queries += seq.total
                 self.stats.prefix_hits += cached
-            self._compute(seq, new, batch, tokens, done)
+            self._prefill(seq, new, need, batch, step)
 
-    def _compute(self, seq: _Seq, new: int, batch: Batch, tokens: list[int],
-                 done: list[_Seq]) -> None:
-        """`new` more tokens of `seq` go into the KV cache; with the last one comes a token."""
+    def _prefill(self, seq: _Seq, new: int, blocks: int, batch: Batch, step: Step) -> None:
+        """`new` more tokens go into the KV cache, in so many new blocks; after the last one it
+        decodes, and has a token."""
+        self._pool.take(blocks)
+        seq.room += blocks * BLOCK_TOK
         end = seq.computed = seq.computed + new
         batch.new_tok += new
         batch.context_tok += end
         batch.attended += new * (end - new / 2)
-        if new > 1:
-            self._publish(seq)
+        if self.config.prefix_caching:
+            seq.findable += self._pool.publish(
+                seq.request.prompt_blocks[seq.findable:end // BLOCK_TOK])
         if end < seq.total:
+            self._partial = seq
             return
-        if end == seq.request.prompt_tok:
+        if not seq.given:
             self.stats.prompt_tok += end
-        tokens.append(seq.request.id)
-        seq.total += 1
-        if seq.total == seq.stop_at:
-            done.append(seq)
-
-    def _publish(self, seq: _Seq) -> None:
-        """Full blocks of the prompt become findable. Those of the answer do not: their content is
-        made by who writes it, not here."""
-        if not self.config.prefix_caching:
-            return
-        for h in seq.request.prompt_blocks[len(seq.findable):seq.computed // BLOCK_TOK]:
-            if not self._pool.publish(h):
-                return  # a twin was quicker; what follows stays this request's own
-            seq.findable.append(h)
-
-    def _release(self, seq: _Seq) -> None:
-        self._pool.give_back(seq.room // BLOCK_TOK - len(seq.findable), seq.findable)
-        seq.findable, seq.room, seq.computed = [], 0, 0
+        seq.given += 1
+        seq.since, seq.ends = self._number, self._number + seq.output - seq.given
+        step.begun.append(seq.request.id)
+        step.events += (seq.given - 1) % self.config.stream_interval == 0
+        self._decoding[seq.request.id] = seq
+        self._context += end
+        self._hungry[(seq.since - end) % BLOCK_TOK] += 1
+        self._telling[(seq.ends - seq.output + 1) % len(self._telling)] += 1
+        self._ends.setdefault(seq.ends, []).append(seq)

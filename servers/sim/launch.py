@@ -1,6 +1,7 @@
 """The simulator as a server that is launched: a process of its own, so that it is loaded over
 real sockets and does not share the generator's interpreter."""
 
+import argparse
 import contextlib
 import io
 import os
@@ -13,17 +14,19 @@ from typing import Any
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.target import Target, without_secrets
 from servers.base import ServerProcess, free_port, option
-from servers.sim.__main__ import parse
+from servers.sim.__main__ import engine_config, parse
+from servers.sim.costs import BLOCK_TOK, DoesNotFit
+from servers.sim.engine import EngineConfig
 
 DEFAULT_MODEL = "qwen2.5-7b"
 
 
-def _check(options: Sequence[str]) -> None:
+def _check(options: Sequence[str]) -> argparse.Namespace:
     """Raises ScenarioError, in the simulator's own words, if it does not know an option."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parse(list(options))
+            return parse(list(options))
     except SystemExit as e:
         if e.code != 0:
             words = said.getvalue().strip().rpartition("error: ")[2]
@@ -74,3 +77,40 @@ class SimServer:
     def stop(self) -> None:
         if self._process is not None:
             self._process.stop()
+
+
+class VirtualSim:
+    """The simulator without sockets: what it is, for whoever steps its engine in virtual time."""
+
+    patience_s = 0.0
+
+    def __init__(self, options: Sequence[str]) -> None:
+        asked = _check(options)
+        if asked.fault:
+            raise ScenarioError("--virtual has no faults: they are told over a wire; leave it out")
+        self._options = list(options)
+        self.utilization: float = asked.gpu_memory_utilization
+        try:
+            self.config: EngineConfig = engine_config(asked)
+        except (DoesNotFit, ValueError) as e:
+            raise ServerError(f"the simulated vLLM refuses to start: {e}") from None
+        names = asked.served_model_name or [asked.model]
+        self.target = Target("virtual://simulator", names[0])
+
+    def start(self) -> Target:
+        return self.target
+
+    def alive(self) -> str | None:
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        config = self.config
+        machine = config.machine
+        return {"kind": "sim", "simulated": True, "virtual_time": True,
+                "command": ["servers.sim", *without_secrets(self._options)],
+                "gpu": machine.gpu.name, "tensor_parallel_size": machine.tp,
+                "model": machine.model.name, "kv_cache_tok": config.num_blocks * BLOCK_TOK,
+                "constants": machine.constants.source}
+
+    def stop(self) -> None:
+        pass

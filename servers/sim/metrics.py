@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from servers.sim.costs import BLOCK_TOK, GIB
+from servers.sim.costs import BLOCK_TOK, GIB, used_gib
 from servers.sim.engine import Engine
 
 _REASONS = ("stop", "length", "abort", "error", "repetition")
@@ -48,14 +48,17 @@ class Pacing:
     worst_s: float = 0.0
     _busy: deque[tuple[float, float]] = field(default_factory=deque)
 
-    def note(self, start_s: float, due_s: float, delivered_s: float) -> None:
+    def ran(self, start_s: float, end_s: float) -> None:
+        """The GPU, by its schedule."""
+        self._busy.append((start_s, end_s))
+        while self._busy[0][1] < end_s - BUSY_WINDOW_S:
+            self._busy.popleft()
+
+    def delivered(self, due_s: float, delivered_s: float) -> None:
         lag_s = delivered_s - due_s
         self.steps += 1
         self.late += lag_s > LATE_S
         self.worst_s = max(self.worst_s, lag_s)
-        self._busy.append((start_s, due_s))
-        while self._busy[0][1] < due_s - BUSY_WINDOW_S:
-            self._busy.popleft()
 
     def late_frac(self) -> float:
         return self.late / self.steps if self.steps else 0.0
@@ -133,7 +136,7 @@ def gpus(engine: Engine, utilization: float, busy_frac: float) -> list[dict[str,
     machine = engine.config.machine
     gpu = machine.gpu
     return [{"index": i, "name": gpu.name, "simulated": True,
-             "memory_used_bytes": int(gpu.memory_gib * utilization * GIB),
+             "memory_used_bytes": int(used_gib(machine, utilization) * GIB),
              "memory_total_bytes": int(gpu.memory_gib * GIB),
              "utilization_gpu": round(100 * busy_frac),
              "power_w": round(gpu.idle_w + busy_frac * 0.85 * (gpu.max_w - gpu.idle_w), 1)}

@@ -19,7 +19,7 @@ class Stream:
     """
 
     def __init__(self, answer: wire.Answer, due_s: float, transport: asyncio.Transport,
-                 fault: faults.Fault | None, seed: int) -> None:
+                 fault: faults.Fault | None, seed: int, interval: int = 1) -> None:
         self.answer = answer
         self.tokens = 0
         self.done: asyncio.Future[bytes | wire.Refused | None] = (
@@ -29,6 +29,8 @@ class Stream:
         self._words = text.words(seed)
         self._said: list[str] = []
         self._silent = False
+        self._interval = interval  # an event for the first token, and then for every so many
+        self._held: list[int] = []  # words of the next event
         self.first_ns: int | None = None  # right before the first token's bytes were written …
         self.last_ns: int | None = None  # … and the last one's
         self._due_s, self._last_s = due_s, 0.0
@@ -42,10 +44,12 @@ class Stream:
         word = None if reason == "stop" else next(self._words)
         if self._silent:
             return
-        if self.answer.ask.stream:
-            self._send(self._events(word, reason))
+        if not self.answer.ask.stream:
+            self._said += [] if word is None else [text.WORDS[word]]
+        elif reason or (self.tokens - 1) % self._interval == 0:
+            self._send(self._events(self._text(word), reason))
         elif word is not None:
-            self._said.append(text.WORDS[word])
+            self._held.append(word)
         if self.tokens == self._fault.at:
             self._strike()
         if reason and not self._silent:
@@ -63,10 +67,17 @@ class Stream:
             self._send([error.event(), wire.DONE])
         self._resolve(None if self.answer.ask.stream else error)
 
-    def _events(self, word: int | None, reason: str | None) -> list[bytes]:
+    def _text(self, word: int | None) -> bytes | None:
+        """What an event says: the word, after those that were held back."""
+        if not self._held:
+            return None if word is None else wire.WORDS_JSON[word]
+        words = [*self._held, *([] if word is None else [word])]
+        self._held.clear()
+        return b'"%b"' % b"".join([wire.WORDS_JSON[w][1:-1] for w in words])
+
+    def _events(self, word_json: bytes | None, reason: str | None) -> list[bytes]:
         first = self.tokens == 1 and self.answer.ask.chat
         events = [self.answer.role()] if first else []
-        word_json = None if word is None else wire.WORDS_JSON[word]
         if reason:
             return events + self._closing(word_json, reason)
         return [*events, self.answer.token(word_json or b'""')]

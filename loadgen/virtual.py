@@ -1,0 +1,364 @@
+"""Executes legs on the simulator's engine in virtual time: plan → engine → records, as with sockets
+but thousands of times faster, and the same for a seed on every host. Nothing of the wire, of a
+generator's limits or of the host is in its figures: they are simulated ones."""
+
+import gc
+import heapq
+import itertools
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loadgen import metrics, plan
+from loadgen.judge import ServerSigns
+from loadgen.leg import Ending, Leg, Window
+from loadgen.record import Outcome, RequestRecord
+from loadgen.scenario import Closed, Scenario, Slo
+from loadgen.store import Row
+from loadgen.supervise import HEAD_START_S, is_lost
+from loadgen.telemetry.signs import series, signs_of
+from servers.sim.costs import BLOCK_TOK, GIB, used_gib
+from servers.sim.engine import Engine, EngineConfig, Request, Step
+from servers.sim.front import Front
+
+START_S = 3.0  # what comes before the first leg: server, calibration, shards
+PAUSE_S = 0.1  # between legs
+DROP_PAUSE_S = 0.1  # before a slot goes on after a request that was refused at once
+LOOK_S = 0.5  # between samples of the server's counters, and looks at a leg that may be lost
+NS = 1e9
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A request on its way. `spans`: from which step to which (of all that were delivered) it had
+    a token each; the last span is open."""
+
+    record: RequestRecord
+    planned: plan.Session
+    spans: list[list[int]]
+    gone: bool = False
+
+
+class VirtualExecutor:
+    """Whoever `loadgen.sweep` asks for legs. `rows` and `records` of the leg that ran last are
+    left for whoever keeps them."""
+
+    def __init__(self, scenario: Scenario, config: EngineConfig, utilization: float = 0.92) -> None:
+        self.now_s = START_S
+        self.rows: list[Row] = []
+        self._scenario, self._config, self._utilization = scenario, config, utilization
+        self._slos = {c.name: scenario.slo_of(c.name) for c in scenario.classes}
+        self._engine, self._front = Engine(config), Front(config.machine.constants)
+        self._ids = itertools.count(1)
+
+    async def restart(self, why: str) -> None:
+        raise AssertionError(why)  # a simulated engine without faults does not die
+
+    async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
+        collects = gc.isenabled()
+        gc.disable()  # nothing here makes cycles, and looking for them takes a tenth of the time
+        try:
+            return self._run(leg)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _run(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
+        self.rows = []
+        run = _LegRun(leg, self._scenario, self._slos, self._engine, self._front, self._ids,
+                      self.now_s + HEAD_START_S)
+        self._sample(self.now_s + PAUSE_S / 2, 0.0)  # no instant of the leg before has two samples
+        ran_s = 0.0  # of the engine's steps, since the last sample
+        look_s = run.t0_s
+        while not run.is_over():
+            ran_s += run.advance(look_s + LOOK_S)
+            if run.now_s >= look_s + LOOK_S:
+                self._sample(run.now_s, ran_s / (run.now_s - look_s))
+                ran_s, look_s = 0.0, run.now_s
+                run.look()
+        window = run.close()
+        while self._engine.step(run.now_s) is not None:  # what was aborted leaves
+            pass
+        self.now_s = run.now_s + PAUSE_S
+        self._sample(self.now_s, 0.0)
+        return window, run.done, signs_of(window, series(self.rows, "server"))
+
+    def _sample(self, t_s: float, busy_frac: float) -> None:
+        """Rows as of the server's /metrics and of a card."""
+        engine, stats, t_ns = self._engine, self._engine.stats, round(t_s * NS)
+        machine = self._config.machine
+        said = {"running": engine.running, "waiting": engine.waiting, "kv_frac": engine.kv_usage,
+                "preemptions": stats.preemptions, "prompt_tok": stats.prompt_tok,
+                "output_tok": stats.generation_tok, "finished": sum(stats.finished.values()),
+                "prefix_queries": stats.prefix_queries, "prefix_hits": stats.prefix_hits}
+        self.rows += [Row("server", t_ns, name, float(value)) for name, value in said.items()]
+        card = {"memory_used_bytes": used_gib(machine, self._utilization) * GIB,
+                "memory_total_bytes": machine.gpu.memory_gib * GIB,
+                "util_frac": min(1.0, busy_frac)}
+        self.rows += [Row("gpu", t_ns, name, value, {"index": str(i)})
+                      for i in range(machine.tp) for name, value in card.items()]
+
+
+class _LegRun:
+    """One leg. Events are the arrivals (a heap of due instants) and the engine's steps."""
+
+    def __init__(self, leg: Leg, scenario: Scenario, slos: dict[str, Slo], engine: Engine,
+                 front: Front, ids: Iterator[int], t0_s: float) -> None:
+        self.leg, self.t0_s, self.now_s = leg, t0_s, t0_s
+        self.done: list[RequestRecord] = []
+        self._scenario, self._slos, self._engine, self._front = scenario, slos, engine, front
+        self._ids = ids
+        self._classes = {c.name: c for c in scenario.classes}
+        self._patience_s = min(min(t.first_token_s, t.total_s) for t in (
+            scenario.timeouts_of(name) for name in self._classes))
+        self._from_ns = round((t0_s + leg.warmup_s) * NS)
+        self._to_ns = (None if leg.measure_s is None or leg.num_sessions is not None
+                       else self._from_ns + round(leg.measure_s * NS))
+        self._sessions = plan.sessions(scenario, leg)
+        self._max_inflight = 0 if isinstance(leg.load, Closed) else leg.load.max_inflight
+        self._heads: list[plan.Session] = []
+        # (due, order, session, turn) of what is to be sent; a closed loop's slot: (due, order)
+        self._due: list[tuple[float, int, plan.Session | None, int]] = []
+        self._order = itertools.count()
+        self._ready: deque[tuple[float, Request]] = deque()  # that the front end has taken in
+        self._flying: dict[int, _Flight] = {}
+        self._given: list[int] = []  # when each step's tokens were written, in µs …
+        self._gaps: list[int] = []  # … and how long after those of the step before
+        self._good = self._awaited = self._seq = 0
+        self._steps = 0
+        self._more = True  # the plan has more sessions
+        self._ending: Ending = "done"
+        if isinstance(leg.load, Closed):
+            slots = leg.load.concurrency
+            for i in range(slots):
+                self._push(t0_s + leg.warmup_s * i / slots, None, 0)
+        else:
+            self._next_arrival()
+
+    def is_over(self) -> bool:
+        """The window is over and all that was due in it has ended; or the plan has."""
+        if self._ending == "cut":
+            return True
+        if self._to_ns is None or not self._more:
+            return not self._flying and not self._due
+        return self.now_s * NS >= self._to_ns and not self._awaited
+
+    def advance(self, until_s: float) -> float:
+        """Steps until then, or until the leg is over; the seconds that the GPU was busy."""
+        busy_s = 0.0
+        engine, due, ready = self._engine, self._due, self._ready
+        while self.now_s < until_s:
+            while due and due[0][0] <= self.now_s:
+                self._send()
+            while ready and ready[0][0] <= self.now_s:
+                engine.submit(ready.popleft()[1])
+            comes_s = min(due[0][0] if due else until_s, ready[0][0] if ready else until_s, until_s)
+            if ends := engine.coast(self.now_s, comes_s):
+                busy_s += ends[-1] - self.now_s
+                self._coasted(ends, engine.running)
+                continue
+            step = engine.step(self.now_s)
+            if step is None:
+                if not self._idle(until_s):
+                    break
+                continue
+            busy_s += step.duration_s
+            self.now_s = step.end_s
+            while due and due[0][0] <= self.now_s:  # these reach the front end before its tokens
+                self._send()
+            self._give(step)
+            if step.finished and self._to_ns is not None and not self._awaited and self.is_over():
+                break
+        return busy_s
+
+    def look(self) -> None:
+        """Twice a second: requests that were waited for too long; a leg that is lost."""
+        oldest = next(iter(self._flying.values()), None)  # they are in the order of sending
+        if oldest is not None and self.now_s - oldest.record.due_ns / NS > self._patience_s:
+            self._give_up()
+        if is_lost(self.leg, len(self.done), self._good, self.now_s - self.t0_s):
+            self._ending = "cut"
+
+    def _give_up(self) -> None:
+        for request_id, flight in list(self._flying.items()):
+            limits = self._scenario.timeouts_of(flight.record.cls)
+            age_s = self.now_s - (flight.record.due_ns / NS)
+            if not flight.spans and age_s > limits.first_token_s:
+                self._drop(request_id, Outcome.TIMEOUT_FIRST_TOKEN)
+            elif age_s > limits.total_s:
+                self._drop(request_id, Outcome.TIMEOUT_TOTAL)
+
+    def close(self) -> Window:
+        """Ends what is in flight."""
+        if self._given:  # what was made is seen, too
+            self.now_s = max(self.now_s, self._given[-1] / 1e6 + 1e-6)
+        end_ns = round(self.now_s * NS)
+        for request_id in list(self._flying):
+            self._drop(request_id, Outcome.CANCELLED, again=False)
+        to_ns = end_ns if self._to_ns is None else min(self._to_ns, end_ns)
+        return Window(self.leg.id, round(self.t0_s * NS), self._from_ns, max(self._from_ns, to_ns),
+                      end_ns, self._ending, records=len(self.done), alone=True)
+
+    # ---------------------------------------------------------------------------------- inside
+
+    def _push(self, due_s: float, session: plan.Session | None, turn: int) -> None:
+        heapq.heappush(self._due, (due_s, next(self._order), session, turn))
+
+    def _next_arrival(self) -> None:
+        session = next(self._sessions, None)
+        if session is None:
+            self._more = False
+        else:
+            self._push(self.t0_s + (session.due_s or 0.0), session, 0)
+
+    def _idle(self, until_s: float) -> bool:
+        """Nothing to compute: on to what comes next. False: nothing will."""
+        comes = [q[0][0] for q in (self._due, self._ready) if q]
+        if not comes and not self._flying:
+            return False
+        self.now_s = max(self.now_s, min([*comes, until_s]))
+        return True
+
+    def _send(self) -> None:
+        due_s, _, session, turn = heapq.heappop(self._due)
+        if session is None:  # a slot is free
+            session = next(self._sessions, None)
+            if session is None:
+                self._more = False
+                return
+        elif turn == 0:
+            self._next_arrival()
+        what, due_ns = session.turns[turn], round(due_s * NS)
+        record = RequestRecord(
+            leg=self.leg.id, shard=0, seq=self._seq, session=session.k, turn=turn,
+            cls=session.cls, due_ns=due_ns, end_ns=due_ns, outcome=Outcome.DROPPED,
+            want_prompt_tok=what.prompt_tok, max_tokens=what.output_tok)
+        self._seq += 1
+        if what.prompt_tok >= self._engine.config.max_model_len:
+            record.outcome, record.status = Outcome.HTTP_ERROR, 400
+            record.error = "HTTP 400: the prompt is longer than the model's context"
+            record.sent_ns = due_ns
+        elif self._max_inflight and len(self._flying) >= self._max_inflight:
+            record.error = f"max_inflight of {self._max_inflight} reached"
+        else:
+            record.outcome = Outcome.OK
+            self._submit(record, session, due_s)
+            return
+        self._count(record)
+        if isinstance(self.leg.load, Closed):
+            self._push(due_s + DROP_PAUSE_S, None, 0)
+
+    def _submit(self, record: RequestRecord, session: plan.Session, due_s: float) -> None:
+        what = session.turns[record.turn]
+        request_id = next(self._ids)
+        self._flying[request_id] = _Flight(record, session, [])
+        self._awaited += self._measures(record.due_ns)
+        record.sent_ns, record.inflight = record.due_ns, len(self._flying)
+        sampling = self._classes[session.cls].sampling
+        self._ready.append((self._front.take_in(due_s), Request(
+            request_id, what.prompt_tok, what.output_tok, bool(sampling.ignore_eos),
+            sampling.min_tokens or 0, self._blocks(session, request_id, what.prompt_tok))))
+
+    def _blocks(self, session: plan.Session, request_id: int, prompt_tok: int) -> list[int]:
+        """Hashes of the prompt's blocks: a chat template's first, those of a shared prefix, and
+        what nobody else has."""
+        n = prompt_tok // BLOCK_TOK
+        shared = self._classes[session.cls].shared_prefix
+        common = 1 if self._scenario.endpoint == "chat" else 0
+        blocks = [-1] * common
+        if shared is not None and session.prefix:
+            first = zlib.crc32(f"{session.cls}/{session.prefix[0]}".encode()) << 20
+            blocks += range(-2 - first - shared.tokens // BLOCK_TOK, -2 - first)
+        own = request_id << 20
+        blocks += range(own, own + max(0, n - len(blocks)))
+        return blocks[:n]
+
+    def _coasted(self, ends: list[float], events: int) -> None:
+        """Steps in which nobody came and nobody went; but who comes in the last one is at the
+        front end before its tokens."""
+        give_out, given, gaps = self._front.give_out, self._given, self._gaps
+        before_us = given[-1] if given else 0
+        self.now_s = last_s = ends[-1]
+        for end_s in ends:
+            if end_s is last_s:
+                while self._due and self._due[0][0] <= end_s:
+                    self._send()
+            given_us = round(give_out(end_s, events) * 1e6)
+            given.append(given_us)
+            gaps.append(given_us - before_us)
+            before_us = given_us
+        self._steps += len(ends)
+
+    def _give(self, step: Step) -> None:
+        """The front end writes a step's tokens; whoever has ended, ends then."""
+        number, flying = self._steps, self._flying
+        self._steps += 1
+        given_s = self._front.give_out(self.now_s, step.events)
+        given_us = round(given_s * 1e6)
+        self._gaps.append(given_us - (self._given[-1] if self._given else 0))
+        self._given.append(given_us)
+        for request_id in step.begun:
+            if request_id in flying:
+                flying[request_id].spans.append([number, -1])
+        for request_id in step.preempted:
+            if request_id in flying and flying[request_id].spans:
+                flying[request_id].spans[-1][1] = number
+        for request_id, reason in step.finished.items():
+            if (flight := flying.pop(request_id, None)) is not None:
+                flight.record.finish_reason = reason
+                flight.spans[-1][1] = number + 1
+                self._land(flight, given_s, Outcome.OK)
+
+    def _land(self, flight: _Flight, end_s: float, outcome: Outcome, again: bool = True) -> None:
+        """The record; and what its session or slot does next."""
+        record = flight.record
+        record.outcome, record.end_ns = outcome, round(end_s * NS)
+        if flight.spans:
+            self._stamp(record, flight.spans)
+        self._awaited -= self._measures(record.due_ns)
+        self._count(record)
+        if not again:
+            return
+        turns = flight.planned.turns
+        if record.turn + 1 < len(turns):
+            think_s = turns[record.turn + 1].think_s
+            self._push(end_s + think_s, flight.planned, record.turn + 1)
+        elif isinstance(self.leg.load, Closed):
+            self._push(end_s, None, 0)
+
+    def _stamp(self, record: RequestRecord, spans: list[list[int]]) -> None:
+        """Tokens and their times, of the steps that it took part in."""
+        given, interval = self._given, self._engine.config.stream_interval
+        (a, b), more = spans[0], spans[1:]
+        if b < 0:
+            b = len(given)
+        if interval == 1 and not more:
+            first_us, tokens, record.gaps_us = given[a], b - a, self._gaps[a + 1:b]
+        else:
+            stamps = [t for a, b in spans for t in given[a:b if b >= 0 else len(given)]]
+            tokens = len(stamps)
+            at = sorted({*range(0, tokens, interval), tokens - 1})
+            if interval > 1:
+                record.event_tok = [1, *(b - a for a, b in itertools.pairwise(at))]
+            stamps = [stamps[i] for i in at]
+            first_us, record.gaps_us = stamps[0], [y - x for x, y in itertools.pairwise(stamps)]
+        record.first_ns = record.first_visible_ns = record.headers_ns = first_us * 1000
+        record.output_tok, record.tok_source = tokens, "usage"
+        record.prompt_tok, record.status = record.want_prompt_tok, 200
+        record.end_ns = max(record.end_ns, first_us * 1000 + 1000 * sum(record.gaps_us))
+
+    def _drop(self, request_id: int, outcome: Outcome, again: bool = True) -> None:
+        flight = self._flying.pop(request_id)
+        self._engine.abort(request_id)
+        if any(r.id == request_id for _, r in self._ready):
+            self._ready = deque((t, r) for t, r in self._ready if r.id != request_id)
+        self._land(flight, self.now_s, outcome, again)
+
+    def _measures(self, due_ns: int) -> bool:
+        return due_ns >= self._from_ns and (self._to_ns is None or due_ns < self._to_ns)
+
+    def _count(self, record: RequestRecord) -> None:
+        self.done.append(record)
+        if self.leg.cut_below is not None:
+            self._good += not metrics.misses(record, self._slos[record.cls])
