@@ -32,9 +32,12 @@ def conversation(endpoint: str, model: str, messages: list[dict[str, str]], max_
         what["messages"] = messages
     else:
         what["prompt"] = "\n".join(m["content"] for m in messages)
-    what |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
-    given = msgspec.to_builtins(sampling)
-    return _encode(what | {k: v for k, v in given.items() if v is not None})
+    given = {k: v for k, v in msgspec.to_builtins(sampling).items() if v is not None}
+    usage = {"include_usage": True}
+    if (continuous := given.pop("continuous_usage_stats", None)) is not None:
+        usage["continuous_usage_stats"] = continuous
+    what |= {"max_tokens": max_tokens, "stream": True, "stream_options": usage}
+    return _encode(what | given)
 
 
 Count = Annotated[int, Meta(ge=0, lt=2**31)]  # what else a server says is no number of tokens

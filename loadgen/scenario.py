@@ -82,6 +82,8 @@ class Sampling(_Frozen, frozen=True):
     seed: int | None = None
     ignore_eos: bool | None = None  # vLLM: always `output_tokens` tokens
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    return_token_ids: bool | None = None  # vLLM: each event says its tokens, of which it may …
+    continuous_usage_stats: bool | None = None  # … hold several; so does usage in each event
 
 
 class SharedPrefix(_Frozen, frozen=True):

@@ -151,6 +151,14 @@ def test_absent_usage_is_no_zero(usage: Any) -> None:
     assert event.usage is None or event.usage.completion_tokens is None
 
 
+def test_tokens_per_event_are_asked_for_where_the_scenario_wants_them() -> None:
+    wanted = Sampling(return_token_ids=True, continuous_usage_stats=True)
+    said = json.loads(openai.conversation("chat", "m", [], 4, wanted))
+    assert said["return_token_ids"] is True
+    assert said["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    assert "continuous_usage_stats" not in said
+
+
 def test_token_ids_count_tokens_per_event() -> None:
     assert openai.read(cmpl("ab", token_ids=[4, 9]), False).n_tok == 2
     assert openai.read(cmpl("ab", token_ids=[]), False).n_tok == 0
