@@ -147,6 +147,8 @@ class Engine:
         self._running: list[_Seq] = []
         self._waiting: deque[_Seq] = deque()
         self._aborted: set[int] = set()
+        self.admitted: list[tuple[int, int]] = []  # by the last step: (id, tokens from the cache)
+        self.evicted: list[int] = []  # by the last step: ids of preempted requests
 
     @property
     def running(self) -> int:
@@ -180,6 +182,7 @@ class Engine:
     def step(self, now_s: float) -> Step | None:
         """The step that starts now; None when there is nothing to do."""
         self._drop_aborted()
+        self.admitted, self.evicted = [], []
         batch, step = Batch(), Step(now_s, 0.0, [])
         done: list[_Seq] = []
         calm = self._advance_running(batch, step.tokens, done)
@@ -228,6 +231,7 @@ class Engine:
             victim = self._running.pop()
             self._release(victim)
             victim.preempted = True
+            self.evicted.append(victim.request.id)
             self._waiting.appendleft(victim)
             self.stats.preemptions += 1
             if victim is seq:
@@ -254,6 +258,7 @@ class Engine:
             pool.take(need)
             seq.findable, seq.computed = list(hashes[:found]), cached
             seq.room = (found + need) * BLOCK_TOK
+            self.admitted.append((seq.request.id, cached))
             if not seq.preempted and config.prefix_caching:
                 self.stats.prefix_queries += seq.total
                 self.stats.prefix_hits += cached
