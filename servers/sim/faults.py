@@ -42,7 +42,7 @@ REQUEST_KINDS = {
     # after the K-th token (default 3)
     "error-event": "an error object, then [DONE]",
     "bad-json": "an event that is not JSON, then on as usual",
-    "cut-json": "half an event, then a clean end; of a whole answer half the body",
+    "cut-json": "an event of half a JSON, then a clean end; of a whole answer half the body",
     "big-line": "an event of 700 kB, then on as usual",
     "truncate": "the connection is closed without the final chunk, as after a SIGKILL",
     "fin": "the body ends cleanly in the middle of the answer",

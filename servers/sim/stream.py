@@ -145,7 +145,7 @@ class Stream:
             self._send([choice.event(b'"' + b"x" * faults.BIG_LINE_BYTES + b'"')])
         elif kind == "cut-json" and self._shape.stream:
             event = choice.event(b'"cut"')
-            self._send([event[:len(event) // 2]])
+            self._send([event[:len(event) // 2] + b"\n\n"])
             self._resolve(None)
         elif kind == "fin":
             self._resolve(None if self._shape.stream else b"")
