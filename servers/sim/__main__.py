@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from aiohttp import web
-
 from servers.sim import costs, faults
 from servers.sim.app import Server
 from servers.sim.engine import Engine, EngineConfig
+from servers.sim.gate import listen, open_all_descriptors
 from servers.sim.log import log, log_start_failed, log_start_oom
 from servers.sim.scripts import AUTO_CALL_SHARE, Habits
 
@@ -39,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if any(f.kind == "oom-start" for f in options.fault):
         log_start_oom(config.machine.gpu.memory_gib)
         return 1
+    open_all_descriptors()
     return asyncio.run(serve(options, config))
 
 
@@ -53,7 +53,7 @@ async def serve(options: argparse.Namespace, config: EngineConfig) -> int:
     runner = server.runner()
     await runner.setup()
     try:
-        await web.TCPSite(runner, options.host, int(options.port), backlog=2048).start()
+        await listen(runner, options.host, int(options.port))
     except OSError as e:
         print(f"cannot listen on {options.host}:{options.port}: {os.strerror(e.errno or 0)}; "
               "choose another --port, or 0 for any free one", file=sys.stderr)

@@ -15,6 +15,7 @@ from servers.sim.admin import Admin
 from servers.sim.doors import Doors, json_bytes, uvicorn_headers
 from servers.sim.engine import Engine
 from servers.sim.front import MAX_BODY_BYTES, Desk
+from servers.sim.gate import GatedRunner, http_log
 from servers.sim.log import log, log_death
 from servers.sim.scripts import Habits
 
@@ -63,8 +64,9 @@ class Server:
         return app
 
     def runner(self) -> web.AppRunner:
-        return web.AppRunner(self.app(), handler_cancellation=True, access_log=None,
-                             keepalive_timeout=KEEP_ALIVE_S, shutdown_timeout=1.0)
+        return GatedRunner(self.app(), handler_cancellation=True, access_log=None,
+                           keepalive_timeout=KEEP_ALIVE_S, shutdown_timeout=1.0,
+                           logger=http_log())
 
     def abort_all(self) -> None:
         """What is in flight ends with finish_reason "abort": SIGTERM."""

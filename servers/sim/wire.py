@@ -304,6 +304,9 @@ def _constraint(body: dict[str, Any], chat: bool) -> Constraint:
     tools, tool_choice, named = _tools(body) if chat else ((), None, False)
     choice = asked.get("choice") or ()
     if choice:
+        if not isinstance(choice, list):
+            raise invalid("list_type", "body.structured_outputs.choice", "Input should be a valid "
+                          "list", choice)
         return Constraint(choice=tuple(map(str, choice)), tools=tools, tool_choice=tool_choice)
     if tool_choice not in (None, "auto"):
         return Constraint(tools=tools, tool_choice=tool_choice, named=named)
