@@ -22,7 +22,6 @@ from tests.test_sim_app import ROOT, STREAM, Reply, ask, chat, process, request_
 from tests.test_sim_app import run as run_plainly
 
 ASKED = {**STREAM, "max_tokens": 12}
-QUICK = {"first_token": "300ms", "stall": "300ms", "total": "600ms"}
 
 
 def record(fault: str, timeouts: dict[str, str] | None = None, asked: Any = ASKED,
@@ -62,11 +61,13 @@ def test_a_fault_has_its_outcome(fault: str) -> None:
     assert record(fault).outcome is OUTCOMES[fault]
 
 
-@pytest.mark.parametrize(("fault", "outcome"), [
-    ("stall", Outcome.STALLED), ("hang", Outcome.STALLED),
-    ("slow-first@5", Outcome.TIMEOUT_FIRST_TOKEN), ("drip@0.12", Outcome.TIMEOUT_TOTAL)])
-def test_a_fault_of_patience_has_its_outcome(fault: str, outcome: Outcome) -> None:
-    assert record(fault, QUICK).outcome is outcome
+@pytest.mark.parametrize(("fault", "patience", "outcome"), [
+    ("stall", {"stall": "300ms"}, Outcome.STALLED), ("hang", {"stall": "300ms"}, Outcome.STALLED),
+    ("slow-first@30", {"first_token": "300ms"}, Outcome.TIMEOUT_FIRST_TOKEN),
+    ("drip@0.2", {"total": "1s"}, Outcome.TIMEOUT_TOTAL)])
+def test_a_fault_of_patience_has_its_outcome(fault: str, patience: dict[str, str],
+                                             outcome: Outcome) -> None:
+    assert record(fault, patience).outcome is outcome
 
 
 def test_every_fault_of_requests_is_in_these_tests() -> None:

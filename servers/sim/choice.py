@@ -27,7 +27,8 @@ class Choice:
         self._answer, self._script, self._front = answer, script, front
         self._ask = answer.ask
         self._stop_string: str | None = None
-        self._said: list[str] = []  # the model's own text, token by token
+        self._said: list[str] = []  # the model's own text, token by token …
+        self._text = ""  # … and in one
         self._told = 0  # characters of it that went out: less, where a stop string may follow
         self._hold = max((len(s) for s in self._ask.sampling.stop), default=1) - 1
         sampling, shape = self._ask.sampling, self._ask.shape
@@ -62,6 +63,7 @@ class Choice:
 
     def _told_in_full(self, said: Said | None, reason: str | None) -> list[bytes]:
         self._said.append(said.text if said else "")
+        self._text += self._said[-1]
         events = []
         if self.tokens == 1 and self._ask.chat and self._ask.shape.stream:
             events = [self._answer.role(self.index)]
@@ -98,15 +100,12 @@ class Choice:
     def _delta(self, said: Said | None, held: bool) -> tuple[scripts.Delta, str]:
         """(what a chat is told now, the same as text)."""
         if said is not None and not (said.delta or {}).get("content"):
-            return said.delta or {}, ""  # of a tool call
-        whole = "".join(self._said) if self._hold else ""
-        if not self._hold:
-            shown = said.text if said else ""
-        elif self._stop_string is not None:
-            shown = whole[self._told:whole.index(self._stop_string, self._search_from())]
-        else:
-            shown = whole[self._told:len(whole) if held else max(self._told,
-                                                                 len(whole) - self._hold)]
+            self._told = len(self._text)  # of a tool call, as far as that is told
+            return said.delta or {}, ""
+        end = len(self._text) if held else max(self._told, len(self._text) - self._hold)
+        if self._stop_string is not None:
+            end = self._text.index(self._stop_string, self._search_from())
+        shown = self._text[self._told:end]
         self._told += len(shown)
         if self.tokens == 1 and self._ask.shape.stream:
             shown = self._answer.echoed(self.index) + shown
@@ -114,23 +113,22 @@ class Choice:
 
     def _search_from(self) -> int:
         """Where a stop string can begin that ends in the last token."""
-        return max(0, sum(map(len, self._said[:-1])) - self._hold)
+        return max(0, len(self._text) - len(self._said[-1]) - self._hold)
 
     def _stopped(self) -> bool:
-        whole, since = "".join(self._said), self._search_from()
-        found = [(whole.find(s, since), s) for s in self._ask.sampling.stop]
+        since = self._search_from()
+        found = [(self._text.find(s, since), s) for s in self._ask.sampling.stop]
         hits = sorted(x for x in found if x[0] >= 0)
         self._stop_string = hits[0][1] if hits else None
         return bool(hits)
 
     def _called(self) -> bool:
-        return self._script.calls and "<tool_call>" in "".join(self._said)
+        return self._script.calls and "<tool_call>" in self._text
 
     def _logprobs(self, tokens: list[str]) -> Any:
         if self._ask.chat:
             return self._answer.chat_logprobs(tokens)
-        offset = sum(map(len, self._said[:-1])) if tokens else 0
-        return self._answer.completion_logprobs(tokens, offset)
+        return self._answer.completion_logprobs(tokens, len(self._text) - len("".join(tokens)))
 
     # ------------------------------------------------------------------------------ as one body
 
@@ -138,8 +136,7 @@ class Choice:
         """The finished choice as a part of a whole answer."""
         reason, stop = self.reason or "length", self._stop_string
         said = [t for t in self._said if t] if reason in ("stop", "tool_calls") else self._said
-        whole = "".join(said)
-        whole = whole[:self._told] if stop is not None else whole
+        whole = self._text[:self._told] if stop is not None else self._text
         ids = self._answer.ids(self._said) if self._ask.shape.token_ids else []
         if not self._ask.chat:
             prompt = self._answer.prompt_pieces(self.index) if self._ask.shape.echo else []

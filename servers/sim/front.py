@@ -10,7 +10,7 @@ from typing import Protocol
 
 from aiohttp import web
 
-from servers.sim import faults, scripts, text, wire
+from servers.sim import faults, prompts, scripts, text, wire
 from servers.sim.answers import Answer
 from servers.sim.choice import Choice
 from servers.sim.costs import FRONT_REQUEST_S
@@ -190,7 +190,7 @@ class Desk:
         body = wire.parse_body(await self.body(request), request.content_type)
         config = self._house.engine.config
         wire.check_model(body, self._house.models)
-        tokens = wire.prompt_tokens(body)
+        tokens = prompts.prompt_tokens(body)
         ids = text.token_ids(tokens, config.machine.model.vocab)
         pieces = [str(t) for t in tokens]
         if len(self.known) + len(ids) < MAX_BODY_BYTES // 64:
@@ -201,7 +201,7 @@ class Desk:
     async def detokenize(self, request: web.Request) -> web.Response:
         body = wire.parse_body(await self.body(request), request.content_type)
         wire.check_model(body, self._house.models)
-        return _json({"prompt": text.detokenized(wire.given_ids(
+        return _json({"prompt": text.detokenized(prompts.given_ids(
             body, self._house.engine.config.machine.model.vocab), self.known)})
 
 

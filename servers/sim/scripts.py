@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from servers.sim import schema, text
+from servers.sim.constraints import Constraint
 from servers.sim.errors import dumps
-from servers.sim.wire import Constraint
 
 _CALL = re.compile(  # of the hermes parser
     r'<tool_call>\s*\{"name":\s*"([^"]+)",\s*"arguments":\s*(.*?)\}\s*</tool_call>', re.DOTALL)
