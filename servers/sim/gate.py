@@ -63,8 +63,8 @@ def open_all_descriptors() -> None:
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         why = record.exc_info[1] if record.exc_info else None
-        said = str(why).split("\n", maxsplit=1)[0] if why else record.getMessage()
-        return f"WARNING:  Invalid HTTP request received. {type(why).__name__}: {said[:120]}"
+        said = " ".join(str(why or record.getMessage()).split())
+        return f"WARNING:  Invalid HTTP request received. {said[:160]}"
 
 
 def http_log() -> logging.Logger:
