@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import socket
+import sys
 from typing import cast
 
 from aiohttp import web
@@ -60,19 +61,15 @@ def open_all_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
+class _OneLine(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
         why = record.exc_info[1] if record.exc_info else None
         said = " ".join(str(why or record.getMessage()).split())
-        return f"WARNING:  Invalid HTTP request received. {said[:160]}"
+        print(f"WARNING:  Invalid HTTP request received. {said[:160]}", file=sys.stderr)
 
 
 def http_log() -> logging.Logger:
     """aiohttp writes a traceback for each request that is none."""
     log = logging.getLogger("servers.sim.http")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_OneLine())
-        log.addHandler(handler)
-        log.propagate = False
+    log.handlers, log.propagate = [_OneLine()], False
     return log
