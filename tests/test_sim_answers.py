@@ -103,7 +103,7 @@ def test_every_token_is_told_of_where_its_id_or_logprob_was_asked_for() -> None:
 
 
 def _tokens(call: str) -> int:
-    script = scripts._of_text(call, True, random.Random(0))
+    script = scripts.of_text(call, True, random.Random(0))
     return script.tokens or 0
 
 

@@ -616,6 +616,9 @@ def test_a_port_in_use_is_one_clear_line_and_exit_1(capsys: pytest.CaptureFixtur
     (["--max-num-seq", "4"], "did you mean --max-num-seqs"),
     (["--fault", "ooom@4"], "did you mean 'oom'"),
     (["--fault", "oom"], "write oom@N"),
+    (["--fault", "die@3", "--fault", "stal@2"], "did you mean 'stall'"),
+    (["--invalid-json-frac", "2"], "not a number from 0 to 1"),
+    (["--max-num-queued-reqs", "0"], "not a number from 1"),
     (["--gpu-memory-utilization", "92"], "not a number from 0.01 to 1"),
 ])
 def test_a_bad_option_is_exit_2_with_the_nearest_name(

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from servers.sim.scripts import Habits
 from tests.captures import DATA
-from tests.test_sim_app import Reply, ask, chat, metrics, run, serving, until
+from tests.test_sim_app import STREAM, Reply, ask, chat, metrics, run, serving, until
 
 OWN = {"x-simulated", "connection", "date"}  # of the headers
 EXACT = {"object", "role", "type", "finish_reason", "index", "param", "code"}  # values that count
@@ -197,4 +197,26 @@ def test_counters_agree_with_what_clients_saw_to_the_token() -> None:
                 "vllm:generation_tokens_total"] + seen["vllm:prompt_tokens_total"]
             assert 0 < seen["vllm:prompt_tokens_cached_total"] == seen[
                 "vllm:prefix_cache_hits_total"]
+    run(test())
+
+
+# ---------------------------------------------------------------------------------------- deaths
+
+
+@pytest.mark.parametrize(("name", "fault"), [
+    ("72_sigkill_api_server_midstream", "truncate@9"), ("76_sigkill_worker_midstream", "die@9"),
+    ("75_cuda_oom_injected_midstream", "oom@9"), ("78_sigterm_api_midstream", "")])
+def test_a_stream_that_a_death_cuts_ends_as_vllms_did(name: str, fault: str) -> None:
+    async def test() -> None:
+        async with serving(engine={"mean_output_tok": 1e7}) as (server, port):
+            asked = json.loads(sent(name)[1] or b"{}") or STREAM
+            task = asyncio.create_task(chat(port, {**asked, "max_tokens": 1500},
+                                            **({"x-sim-fault": fault} if fault else {})))
+            await until(lambda: server.front.generation_tok > 8)
+            if not fault:
+                server.abort_all()  # what SIGTERM does
+            ours, theirs = await task, recorded(name)
+            assert told(ours) == told(theirs)
+            assert ours.clean == theirs.clean
+            assert ours.chunks[-1][-20:] == theirs.chunks[-1][-20:]
     run(test())

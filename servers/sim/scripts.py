@@ -53,16 +53,16 @@ WORDS = tuple(map(said, text.WORDS))
 def write(asked: Constraint, habits: Habits, rng: random.Random) -> Script:
     """The script of one answer. Raises Refused for a constraint that makes no sense."""
     if asked.choice:
-        return _of_text(rng.choice(asked.choice), bool(asked.tool_choice), rng)
+        return of_text(rng.choice(asked.choice), bool(asked.tool_choice), rng)
     if asked.tools and (asked.tool_choice != "auto" or rng.random() < habits.auto_call_frac):
-        return _of_text(_call(asked, habits, rng), True, rng)
+        return of_text(_call(asked, habits, rng), True, rng)
     if asked.schema is not None:
         value = schema.instance(asked.schema, rng)
         if rng.random() < habits.invalid_json_frac:
-            return _of_text(schema.spoiled(value, asked.schema, rng), False, rng)
-        return _of_text(json.dumps(value, ensure_ascii=False), False, rng)
+            return of_text(schema.spoiled(value, asked.schema, rng), False, rng)
+        return of_text(json.dumps(value, ensure_ascii=False), False, rng)
     if asked.regex is not None:
-        return _of_text(schema.matching(asked.regex, rng), False, rng)
+        return of_text(schema.matching(asked.regex, rng), False, rng)
     return Script((WORDS[i] for i in text.words(rng.getrandbits(32))), None, bool(asked.tools))
 
 
@@ -77,7 +77,7 @@ def _call(asked: Constraint, habits: Habits, rng: random.Random) -> str:
     return f'<tool_call>\n{head}, "arguments": {arguments}}}\n</tool_call>'
 
 
-def _of_text(whole: str, calls: bool, rng: random.Random) -> Script:
+def of_text(whole: str, calls: bool, rng: random.Random) -> Script:
     tokens = list(_with_calls(whole, rng) if calls else map(said, text.pieces(whole)))
     return Script(iter(tokens), len(tokens) + 1, calls)
 
