@@ -10,7 +10,7 @@ import pytest
 from servers.sim import scripts, text, wire
 from servers.sim.answers import Answer
 from servers.sim.choice import Choice
-from servers.sim.metrics import Front
+from servers.sim.metrics import Tally
 
 VOCAB = 151_936
 SAID = [{"role": "user", "content": "Hello"}]
@@ -27,7 +27,7 @@ def answered(body: dict[str, Any], chat: bool = True, most: int = 60,
         ask = wire.parse_ask(asked, chat, ["m"], 4096, VOCAB)
         answer = Answer(ask, "1", VOCAB)
         script = scripts.write(ask.constraint, scripts.Habits(), random.Random(7))
-        choice, events = Choice(answer, 0, script, 0.0, Front(4096)), []
+        choice, events = Choice(answer, 0, script, 0.0, Tally(4096)), []
         for k in range(1, most + 1):
             if choice.reason is None:
                 events += choice.token(float(k), "length" if k == most else None)

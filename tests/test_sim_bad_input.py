@@ -16,7 +16,7 @@ from servers.sim import scripts, wire
 from servers.sim.answers import Answer
 from servers.sim.choice import Choice
 from servers.sim.errors import Refused
-from servers.sim.metrics import Front
+from servers.sim.metrics import Tally
 from tests.test_sim_app import HELLO, STREAM, Reply, ask, chat, process, request_bytes, run, serving
 
 JSON = st.recursive(
@@ -38,10 +38,10 @@ def answered(raw: bytes, chat_path: bool) -> None:
     ask = wire.parse_ask(wire.parse_body(raw, "application/json"), chat_path, ["tiny"], 2048, 4096)
     if ask.sampling.n > 8:
         return
-    answer, front = Answer(ask, "x", 4096), Front(2048)
+    answer, tally = Answer(ask, "x", 4096), Tally(2048)
     for index in range(len(ask.prompts) * ask.sampling.n):
         script = scripts.write(ask.constraint, scripts.Habits(), random.Random(0))
-        choice = Choice(answer, index, script, 0.0, front)
+        choice = Choice(answer, index, script, 0.0, tally)
         for k in range(6):
             if choice.reason is None:
                 for event in choice.token(float(k), "length" if k == 5 else None):

@@ -126,7 +126,7 @@ def test_a_full_queue_is_told_by_status_or_by_event_as_from_vllm() -> None:
             assert {r.status for r in burst if r.body == raced.body} <= {200}
             assert {r.status for r in burst if r.body == refused.body} <= {503}
             assert raced.body in bodies
-            assert server.front.rejected == 4
+            assert server.tally.rejected == 4
             tasks = [asyncio.create_task(ask(port, "/v1/completions", {**body, "max_tokens": 300}))
                      for _ in range(2)]
             steps = server.pacing.steps
@@ -212,7 +212,7 @@ def test_a_stream_that_a_death_cuts_ends_as_vllms_did(name: str, fault: str) -> 
             asked = json.loads(sent(name)[1] or b"{}") or STREAM
             task = asyncio.create_task(chat(port, {**asked, "max_tokens": 1500},
                                             **({"x-sim-fault": fault} if fault else {})))
-            await until(lambda: server.front.generation_tok > 8)
+            await until(lambda: server.tally.generation_tok > 8)
             if not fault:
                 server.abort_all()  # what SIGTERM does
             ours, theirs = await task, recorded(name)

@@ -12,9 +12,9 @@ from aiohttp import web
 
 from servers.sim import errors, exposition, faults, metrics
 from servers.sim.admin import Admin
+from servers.sim.desk import MAX_BODY_BYTES, Desk
 from servers.sim.doors import Doors, json_bytes, uvicorn_headers
 from servers.sim.engine import Engine
-from servers.sim.front import MAX_BODY_BYTES, Desk
 from servers.sim.gate import GatedRunner, http_log
 from servers.sim.log import log, log_death
 from servers.sim.scripts import Habits
@@ -36,7 +36,7 @@ class Server:
                  queue_limit: int | None = None, habits: Habits | None = None) -> None:
         self.engine = engine
         self.pacing = metrics.Pacing()
-        self.front = metrics.Front(engine.config.max_model_len)
+        self.tally = metrics.Tally(engine.config.max_model_len)
         self.stopped = asyncio.Event()
         self.models, self.speed, self.queue_limit = models, speed, queue_limit
         self.faults = _state(faults, engine.config.seed)
@@ -107,7 +107,7 @@ class Server:
             for request_id in step.tokens:
                 if found := flying.get(request_id):
                     found[0].token(found[1], woken_s, step.finished.get(request_id))
-            self.front.stepped(len(step.tokens))
+            self.tally.stepped(len(step.tokens))
             self._desk.stepped()
             now_s = due_s
 
@@ -163,7 +163,7 @@ class Server:
             for name in self.models]})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        body = exposition.render(self.engine, self.models[0], self.front, self.pacing,
+        body = exposition.render(self.engine, self.models[0], self.tally, self.pacing,
                                  self._utilization)
         return web.Response(body=body.encode(), headers={
             "content-type": "text/plain; version=1.0.0; charset=utf-8"})

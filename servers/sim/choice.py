@@ -5,7 +5,7 @@ from typing import Any
 
 from servers.sim import scripts
 from servers.sim.answers import Answer
-from servers.sim.metrics import Front
+from servers.sim.metrics import Tally
 from servers.sim.scripts import Said, Script
 
 
@@ -13,7 +13,7 @@ class Choice:
     """`reason` is set when it has ended; `request_id` is its number in the engine."""
 
     def __init__(self, answer: Answer, index: int, script: Script, due_s: float,
-                 front: Front) -> None:
+                 tally: Tally) -> None:
         self.index = index
         self.prompt_tok = len(answer.ask.prompts[answer.prompt_of(index)])
         self.script_tok = script.tokens
@@ -24,7 +24,7 @@ class Choice:
         self.admitted_s: float | None = None  # when the engine began to compute it
         self.cached_tok = self.preemptions = 0
         self.first_s = self.last_s = 0.0
-        self._answer, self._script, self._front = answer, script, front
+        self._answer, self._script, self._tally = answer, script, tally
         self._ask = answer.ask
         self._stop_string: str | None = None
         self._said: list[str] = []  # the model's own text, token by token …
@@ -88,7 +88,7 @@ class Choice:
         delta, shown = self._delta(said, held=True)
         if reason == "stop" and self._called() and not self._ask.constraint.named:
             self.reason = "tool_calls"
-        self._front.finished(self, reason)
+        self._tally.finished(self, reason)
         if not self._ask.shape.stream:
             return []
         tokens = [] if held else self._said[-1:]
@@ -155,11 +155,11 @@ class Choice:
                                     self._answer.chat_logprobs(said))
 
     def _observe(self, now_s: float) -> None:
-        front = self._front
-        front.generation_tok += 1
+        tally = self._tally
+        tally.generation_tok += 1
         if self.tokens == 1:
             self.first_s = now_s
-            front.first_token(self)
+            tally.first_token(self)
         else:
-            front.itl.observe(now_s - self.last_s)
+            tally.itl.observe(now_s - self.last_s)
         self.last_s = now_s

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from servers.sim.costs import BLOCK_TOK
 from servers.sim.engine import Engine
 from servers.sim.families import FAMILIES
-from servers.sim.metrics import Front, Histogram, Pacing
+from servers.sim.metrics import Histogram, Pacing, Tally
 
 Samples = Sequence[tuple[Mapping[str, str], float]]
 _REASONS = ("stop", "length", "abort", "error", "repetition")
@@ -23,12 +23,12 @@ _CACHE = {  # labels of cache_config_info that the simulator has no say in
     "use_kda_recoverssm": "False", "use_replayssm": "False", "user_specified_block_size": "False"}
 
 
-def render(engine: Engine, model: str, front: Front, pacing: Pacing, utilization: float) -> str:
-    return "\n".join([*_vllm(engine, model, front, utilization), *_sim(engine, pacing)]) + "\n"
+def render(engine: Engine, model: str, tally: Tally, pacing: Pacing, utilization: float) -> str:
+    return "\n".join([*_vllm(engine, model, tally, utilization), *_sim(engine, pacing)]) + "\n"
 
 
-def _vllm(engine: Engine, model: str, front: Front, utilization: float) -> Iterator[str]:
-    samples = _samples(engine, front, utilization)
+def _vllm(engine: Engine, model: str, tally: Tally, utilization: float) -> Iterator[str]:
+    samples = _samples(engine, tally, utilization)
     for name, kind, told in FAMILIES:
         who = {"engine": "0", "model_name": model}
         if name.startswith(("admission", "tool_call")):  # of the API server, not of an engine
@@ -48,13 +48,13 @@ def _vllm(engine: Engine, model: str, front: Front, utilization: float) -> Itera
             yield f"# HELP {created} {told}"
             yield f"# TYPE {created} gauge"
             for labels, _ in [({}, 0.0)] if isinstance(found, Histogram) else found:
-                yield _sample(created, {**who, **labels}, front.created)
+                yield _sample(created, {**who, **labels}, tally.created)
 
 
-def _samples(engine: Engine, front: Front, utilization: float) -> dict[str, Samples | Histogram]:
+def _samples(engine: Engine, tally: Tally, utilization: float) -> dict[str, Samples | Histogram]:
     stats = engine.stats
     none: Samples = [({}, 0.0)]
-    computed = front.prompt_tok - front.cached_tok
+    computed = tally.prompt_tok - tally.cached_tok
     return {
         "estimated_flops_per_gpu_total": none, "estimated_read_bytes_per_gpu_total": none,
         "estimated_write_bytes_per_gpu_total": none,
@@ -68,24 +68,24 @@ def _samples(engine: Engine, front: Front, utilization: float) -> dict[str, Samp
         "external_prefix_cache_queries_total": none, "external_prefix_cache_hits_total": none,
         "mm_cache_queries_total": none, "mm_cache_hits_total": none,
         "num_preemptions_total": [({}, stats.preemptions)],
-        "prompt_tokens_total": [({}, front.prompt_tok)],
+        "prompt_tokens_total": [({}, tally.prompt_tok)],
         "prompt_tokens_by_source_total": _by("source", local_compute=computed,
-                                             local_cache_hit=front.cached_tok,
+                                             local_cache_hit=tally.cached_tok,
                                              external_kv_transfer=0),
-        "prompt_tokens_cached_total": [({}, front.cached_tok)],
-        "prompt_tokens_cached_by_source_total": _by("source", device=front.cached_tok, host=0,
+        "prompt_tokens_cached_total": [({}, tally.cached_tok)],
+        "prompt_tokens_cached_by_source_total": _by("source", device=tally.cached_tok, host=0,
                                                     p2p=0, disk=0, external_unspecified=0),
-        "generation_tokens_total": [({}, front.generation_tok)],
-        "request_success_total": [({"finished_reason": r}, front.reasons[r]) for r in _REASONS],
-        "admission_rejections_total": _by("reason", max_num_queued_reqs=front.rejected,
+        "generation_tokens_total": [({}, tally.generation_tok)],
+        "request_success_total": [({"finished_reason": r}, tally.reasons[r]) for r in _REASONS],
+        "admission_rejections_total": _by("reason", max_num_queued_reqs=tally.rejected,
                                           max_num_queued_tokens=0),
         "cache_config_info": [(_cache(engine, utilization), 1)],
         "tool_call_parser_invocations_total": [
             ({"mode": mode, "outcome": outcome, "request_type": kind},
-             front.calls[mode, outcome] if kind == "chat_completions" else 0)
+             tally.calls[mode, outcome] if kind == "chat_completions" else 0)
             for mode in ("streaming", "non_streaming") for outcome in ("tool_call", "no_tool_call")
             for kind in ("chat_completions", "responses", "other")],
-        **front.histograms}
+        **tally.histograms}
 
 
 def _by(label: str, **values: float) -> Samples:

@@ -46,7 +46,7 @@ class Lived(Protocol):
     last_s: float
 
 
-class Front:
+class Tally:
     """Counters of vLLM's API server: of tokens that clients were sent, in seconds of the wall
     clock. (The engine counts what it computed: more, where a client has left.)"""
 

@@ -11,7 +11,7 @@ from servers.sim import faults
 from servers.sim.answers import DONE, Answer
 from servers.sim.choice import Choice
 from servers.sim.errors import Refused, engine_dead
-from servers.sim.metrics import Front
+from servers.sim.metrics import Tally
 from servers.sim.scripts import Script
 
 _NO_FAULT = faults.Fault("none", 0)
@@ -30,12 +30,12 @@ class Stream:
     """
 
     def __init__(self, answer: Answer, scripts: Sequence[Script], due_s: float,
-                 transport: asyncio.Transport, fault: faults.Fault | None, front: Front,
+                 transport: asyncio.Transport, fault: faults.Fault | None, tally: Tally,
                  leave: Callable[[Choice], None], fell: Callable[[str], None]) -> None:
         self.answer = answer
         self.done: asyncio.Future[bytes | Refused | None] = (
             asyncio.get_running_loop().create_future())
-        self.choices = [Choice(answer, index, script, due_s, front)
+        self.choices = [Choice(answer, index, script, due_s, tally)
                         for index, script in enumerate(scripts)]
         self.first_ns: int | None = None  # right before the first token's bytes were written …
         self.last_ns: int | None = None  # … and the last one's

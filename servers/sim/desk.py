@@ -17,7 +17,7 @@ from servers.sim.costs import FRONT_REQUEST_S
 from servers.sim.doors import html, json_bytes
 from servers.sim.engine import Engine, Request
 from servers.sim.errors import Refused, busy, dumps
-from servers.sim.metrics import Front
+from servers.sim.metrics import Tally
 from servers.sim.stream import Stream
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -29,7 +29,7 @@ class House(Protocol):
     """What a request needs of the server."""
 
     engine: Engine
-    front: Front
+    tally: Tally
     faults: faults.Faults
     models: list[str]
     speed: float
@@ -89,7 +89,7 @@ class Desk:
             await response.prepare(request)  # vLLM's headers do not wait for the first token
         if request.transport is None or (fault and fault.kind == "empty"):
             return response
-        stream = Stream(answer, said, due_s, request.transport, fault, house.front, self._leave,
+        stream = Stream(answer, said, due_s, request.transport, fault, house.tally, self._leave,
                         house.faults.strike)
         try:
             result = await self._through_engine(stream, fault)
@@ -134,7 +134,7 @@ class Desk:
     def _is_full(self, flying: int) -> bool:
         """By vLLM's --max-num-queued-reqs, which counts the running ones, too."""
         full = self._house.queue_limit is not None and flying >= self._house.queue_limit
-        self._house.front.rejected += full
+        self._house.tally.rejected += full
         return full
 
     def _note(self, name: str, received_ns: int, stream: Stream) -> None:
@@ -175,7 +175,7 @@ class Desk:
         tokens = ask.prompts[stream.answer.prompt_of(choice.index)]
         most = wire.output_tok(ask.sampling.max_tokens, len(tokens), ask.chat,
                                config.max_model_len)
-        self._house.front.asked(ask.sampling.n, most)
+        self._house.tally.asked(ask.sampling.n, most)
         hashes = text.block_hashes(tokens) if config.prefix_caching else []
         scripted = choice.script_tok is not None
         self._house.engine.submit(Request(
