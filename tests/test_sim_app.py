@@ -493,7 +493,7 @@ def test_a_slow_first_token_is_late_by_what_was_asked() -> None:
 def test_a_dying_engine_says_so_in_streams_health_and_new_requests(
         kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     async def test() -> None:
-        async with serving(fault=faults.Fault(kind, 3)) as (server, port):
+        async with serving(faults=[faults.Fault(kind, 3)]) as (server, port):
             body = {**STREAM, "max_tokens": 1000}
             replies = await asyncio.gather(*(chat(port, body) for _ in range(2)), chat(
                 port, {**body, "stream": False, "stream_options": None}))
@@ -513,7 +513,7 @@ def test_a_dying_engine_says_so_in_streams_health_and_new_requests(
 
 def test_a_hanging_engine_is_silent_and_healthy() -> None:
     async def test() -> None:
-        async with serving(fault=faults.Fault("hang", 1)) as (_, port):
+        async with serving(faults=[faults.Fault("hang", 1)]) as (_, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(request_bytes("/v1/chat/completions", STREAM))
             await reader.readuntil(b"\r\n\r\n")
@@ -616,6 +616,9 @@ def test_a_port_in_use_is_one_clear_line_and_exit_1(capsys: pytest.CaptureFixtur
     (["--max-num-seq", "4"], "did you mean --max-num-seqs"),
     (["--fault", "ooom@4"], "did you mean 'oom'"),
     (["--fault", "oom"], "write oom@N"),
+    (["--fault", "die@3", "--fault", "stal@2"], "did you mean 'stall'"),
+    (["--invalid-json-frac", "2"], "not a number from 0 to 1"),
+    (["--max-num-queued-reqs", "0"], "not a number from 1"),
     (["--gpu-memory-utilization", "92"], "not a number from 0.01 to 1"),
 ])
 def test_a_bad_option_is_exit_2_with_the_nearest_name(

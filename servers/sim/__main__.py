@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from aiohttp import web
-
 from servers.sim import costs, faults, profiles
 from servers.sim.app import Server
 from servers.sim.engine import Engine, EngineConfig
-from servers.sim.log import log
+from servers.sim.gate import listen, open_all_descriptors
+from servers.sim.log import log, log_start_failed, log_start_oom
+from servers.sim.scripts import AUTO_CALL_SHARE, Habits
 
 GPU, MODEL = "4090d", "qwen2.5-7b"
 PR_SET_PDEATHSIG = 1
@@ -35,9 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         config = engine_config(options)
     except (costs.DoesNotFit, ValueError) as e:
         log("EngineCore", "ERROR", "core.py:1512", f"EngineCore failed to start.\nValueError: {e}")
-        log("APIServer", "ERROR", "core.py:1100", "RuntimeError: Engine core initialization "
-            "failed. See root cause above. Failed core proc(s): {}")
+        log_start_failed()
         return 1
+    if any(f.kind == "oom-start" for f in options.fault):
+        log_start_oom(config.machine.gpu.memory_gib)
+        return 1
+    open_all_descriptors()
     return asyncio.run(serve(options, config))
 
 
@@ -45,13 +48,14 @@ async def serve(options: argparse.Namespace, config: EngineConfig) -> int:
     """Until SIGTERM, or until the engine has died; 0 in both cases, as from vLLM."""
     server = Server(Engine(config), options.served_model_name or [options.model],
                     utilization=options.gpu_memory_utilization, api_key=options.api_key,
-                    fault=options.fault, speed=options.speed,
-                    request_log=options.request_log)
+                    faults=options.fault, speed=options.speed,
+                    request_log=options.request_log, queue_limit=options.max_num_queued_reqs,
+                    habits=Habits(options.invalid_json_frac, options.tool_call_frac))
     log_start(config)
     runner = server.runner()
     await runner.setup()
     try:
-        await web.TCPSite(runner, options.host, int(options.port), backlog=2048).start()
+        await listen(runner, options.host, int(options.port))
     except OSError as e:
         print(f"cannot listen on {options.host}:{options.port}: {os.strerror(e.errno or 0)}; "
               "choose another --port, or 0 for any free one", file=sys.stderr)
@@ -105,7 +109,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=_number(int, 0, 2**63), default=0)
     p.add_argument("--mean-output-tokens", type=_number(float, 1, 10**6), default=256.0,
                    help="of answers that end by themselves (no ignore_eos)")
-    p.add_argument("--fault", type=_fault, help="oom@N, die@N, hang@N: at N running requests")
+    p.add_argument("--max-num-queued-reqs", type=_number(int, 1, 10**6),
+                   help="more requests than so many, running and waiting, are refused with 503")
+    p.add_argument("--invalid-json-frac", type=_number(float, 0, 1), default=0.0,
+                   help="of answers that ought to be JSON of a schema, and of tools' arguments")
+    p.add_argument("--tool-call-frac", type=_number(float, 0, 1), default=AUTO_CALL_SHARE,
+                   help="of answers to which tools are offered (tool_choice auto)")
+    p.add_argument("--fault", type=_fault, action="append", default=[], metavar="KIND@N",
+                   help="oom@N, die@N, hang@N: at N running requests; oom-slack@GIB; oom-start; "
+                        "warmup@S; throttle@RPS; any fault of requests, as truncate@5:0.1 (a tenth "
+                        "of them); can be repeated. GET /sim/faults lists all")
     p.add_argument("--speed", type=_number(float, 0.001, 1000), default=1.0,
                    help="simulated seconds per second")
     p.add_argument("--request-log", type=Path, metavar="FILE",
@@ -178,7 +191,7 @@ def _profile(text: str) -> profiles.Profile:
 
 def _fault(text: str) -> faults.Fault:
     try:
-        return faults.parse_engine_fault(text)
+        return faults.parse_profile(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 

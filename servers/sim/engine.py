@@ -57,14 +57,16 @@ class Request:
 class Step:
     """One step: it ends at `end_s`, and every request of `tokens` then gets one token (an EOS,
     without text, where `finished` says "stop"). `begun`: those of `tokens` that had none in the
-    step before; `preempted`: those that get none for a while. `events`: how many of the tokens
-    make an event of a stream (all, but for `stream_interval`)."""
+    step before; `preempted`: those that get none for a while. `admitted`: those that the engine
+    began to compute, each with how many of its tokens were in the prefix cache. `events`: how many
+    of the tokens make an event of a stream (all, but for `stream_interval`)."""
 
     start_s: float
     duration_s: float
     tokens: list[int]
     begun: list[int] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    admitted: list[tuple[int, int]] = field(default_factory=list)
     finished: dict[int, str] = field(default_factory=dict)  # id -> finish_reason
     events: int = 0
 
@@ -306,6 +308,7 @@ class Engine:
             self._waiting.popleft()
             pool.claim(hashes[:found])
             seq.findable, seq.computed, seq.room = found, cached, cached
+            step.admitted.append((seq.request.id, cached))
             if not seq.again and config.prefix_caching:
                 self.stats.prefix_queries += seq.total
                 self.stats.prefix_hits += cached

@@ -13,11 +13,37 @@ def log(process: str, level: str, place: str, text: str) -> None:
               flush=True)
 
 
+def _out_of_memory(memory_gib: float, wanted: str) -> str:
+    return (f"CUDA out of memory. Tried to allocate {wanted}. GPU 0 has a total capacity of "
+            f"{memory_gib:.2f} GiB of which 281.12 MiB is free. Including non-PyTorch memory, this "
+            f"process has {memory_gib - 0.27:.2f} GiB memory in use.")
+
+
+def log_start_oom(memory_gib: float) -> None:
+    """A GPU that had too little left for the warm-up: as from vLLM 0.32, which then exits 1."""
+    oom = _out_of_memory(memory_gib, "298.00 MiB")
+    log("EngineCore", "ERROR", "core.py:1330", "EngineCore failed to start.\n"
+        f"Traceback (most recent call last):\ntorch.OutOfMemoryError: {oom}\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        "RuntimeError: CUDA out of memory occurred when warming up sampler with 256 dummy "
+        "requests. Please try lowering `max_num_seqs` or `gpu_memory_utilization` when "
+        "initializing the engine.")
+    log_start_failed()
+
+
+def log_start_failed() -> None:
+    log("APIServer", "ERROR", "core.py:1100", "RuntimeError: Engine core initialization "
+        "failed. See root cause above. Failed core proc(s): {}")
+
+
+def log_exception(e: Exception) -> None:
+    log("APIServer", "ERROR", "sim", f"a request was answered with 500: {type(e).__name__}: {e}"
+        [:300].replace("\n", " "))
+
+
 def log_death(kind: str, memory_gib: float) -> None:
     """What vLLM writes when its engine dies: of "oom", "die" (a killed worker) or "hang"."""
-    oom = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
-           f"{memory_gib:.2f} GiB of which 1.02 GiB is free. Including non-PyTorch memory, this "
-           f"process has {memory_gib - 1.02:.2f} GiB memory in use.")
+    oom = _out_of_memory(memory_gib, "2.00 GiB")
     if kind == "oom":
         log("Worker", "ERROR", "multiproc_executor.py:1063", "WorkerProc hit an exception.\n"
             f"Traceback (most recent call last):\ntorch.OutOfMemoryError: {oom}")

@@ -1,19 +1,23 @@
-"""/metrics in vLLM's names, how well the simulator keeps its schedule, and nvidia-smi's view."""
+"""What the simulator counts: of requests as their clients see them, of its own schedule, and of
+the GPU that it plays."""
 
+import time
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from servers.sim.costs import BLOCK_TOK, GIB, used_gib
+from servers.sim.costs import GIB, used_gib
 from servers.sim.engine import Engine
 
-_REASONS = ("stop", "length", "abort", "error", "repetition")
 _TTFT = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1., 2.5, 5., 7.5, 10., 20., 40.,
          80., 160., 640., 2560.)
 _ITL = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1., 2.5, 5., 7.5, 10., 20., 40., 80.)
-_E2E = (.3, .5, .8, 1., 1.5, 2., 2.5, 5., 10., 15., 20., 30., 40., 50., 60., 120., 240., 480.,
-        960., 1920., 7680.)
+_REQUEST = (.3, .5, .8, 1., 1.5, 2., 2.5, 5., 10., 15., 20., 30., 40., 50., 60., 120., 240., 480.,
+            960., 1920., 7680.)
+_STEP_TOK = tuple(float(2**k) for k in (0, *range(3, 15)))
+_N = (1., 2., 5., 10., 20.)
+_PREEMPTIONS = (1., 2., 3., 4., 5., 10., 20.)
 LATE_S = 5e-3  # a step delivered later than this is late: a third of a short decode step
 BUSY_WINDOW_S = 1.0
 
@@ -29,13 +33,84 @@ class Histogram:
         self.sum += value
 
 
-@dataclass(slots=True)
-class Latencies:
-    """In seconds of the wall clock, as a client sees them."""
+class Lived(Protocol):
+    """What is known of one answer when it ends. Stamps are of the loop's clock."""
 
-    ttft: Histogram = field(default_factory=lambda: Histogram(_TTFT))
-    itl: Histogram = field(default_factory=lambda: Histogram(_ITL))
-    e2e: Histogram = field(default_factory=lambda: Histogram(_E2E))
+    prompt_tok: int
+    cached_tok: int
+    tokens: int
+    preemptions: int
+    due_s: float
+    admitted_s: float | None
+    first_s: float
+    last_s: float
+
+
+class Tally:
+    """Counters of vLLM's API server: of tokens that clients were sent, in seconds of the wall
+    clock. (The engine counts what it computed: more, where a client has left.)"""
+
+    def __init__(self, max_model_len: int) -> None:
+        sizes = tuple(float(m * 10**k) for k in range(8) for m in (1, 2, 5)
+                      if m * 10**k <= max_model_len)
+        self.created = time.time()
+        self.prompt_tok = self.cached_tok = self.generation_tok = 0
+        self.reasons: Counter[str] = Counter()
+        self.rejected = 0
+        self.calls: Counter[tuple[str, str]] = Counter()  # (mode, outcome) of the tool parser
+        self.itl = Histogram(_ITL)
+        self._ttft = Histogram(_TTFT)
+        self.histograms = {
+            "request_prompt_tokens": Histogram(sizes),
+            "request_generation_tokens": Histogram(sizes),
+            "iteration_tokens_total": Histogram(_STEP_TOK),
+            "request_max_num_generation_tokens": Histogram(sizes),
+            "request_params_n": Histogram(_N),
+            "request_params_max_tokens": Histogram(sizes),
+            "time_to_first_token_seconds": self._ttft, "inter_token_latency_seconds": self.itl,
+            "request_time_per_output_token_seconds": Histogram(_ITL),
+            **{f"{name}_seconds": Histogram(_REQUEST) for name in (
+                "e2e_request_latency", "request_queue_time", "request_inference_time",
+                "request_prefill_time", "request_decode_time")},
+            "request_num_preemptions": Histogram(_PREEMPTIONS),
+            "request_prefill_kv_computed_tokens": Histogram(sizes)}
+        self._step_tok = self._given_tok = 0
+
+    def asked(self, n: int, max_tokens: int) -> None:
+        self.histograms["request_params_n"].observe(n)
+        self.histograms["request_params_max_tokens"].observe(max_tokens)
+
+    def first_token(self, lived: Lived) -> None:
+        self.prompt_tok += lived.prompt_tok
+        self.cached_tok += lived.cached_tok
+        self._step_tok += lived.prompt_tok
+        self._ttft.observe(lived.first_s - lived.due_s)
+
+    def stepped(self) -> None:
+        """A step's tokens have been handed out."""
+        given, self._given_tok = self.generation_tok - self._given_tok, self.generation_tok
+        self.histograms["iteration_tokens_total"].observe(self._step_tok + given)
+        self._step_tok = 0
+
+    def finished(self, lived: Lived, reason: str) -> None:
+        self.reasons[reason] += 1
+        if not lived.tokens:  # cut before its first one
+            return
+        begun_s = lived.due_s if lived.admitted_s is None else lived.admitted_s
+        decode_s = lived.last_s - lived.first_s
+        for name, value in (
+                ("request_prompt_tokens", lived.prompt_tok),
+                ("request_generation_tokens", lived.tokens),
+                ("request_max_num_generation_tokens", lived.tokens),
+                ("request_time_per_output_token_seconds", decode_s / max(1, lived.tokens - 1)),
+                ("e2e_request_latency_seconds", lived.last_s - lived.due_s),
+                ("request_queue_time_seconds", max(0.0, begun_s - lived.due_s)),
+                ("request_inference_time_seconds", lived.last_s - begun_s),
+                ("request_prefill_time_seconds", lived.first_s - begun_s),
+                ("request_decode_time_seconds", decode_s),
+                ("request_num_preemptions", lived.preemptions),
+                ("request_prefill_kv_computed_tokens", lived.prompt_tok - lived.cached_tok)):
+            self.histograms[name].observe(value)
 
 
 @dataclass(slots=True)
@@ -68,66 +143,6 @@ class Pacing:
         since = now_s - BUSY_WINDOW_S
         busy = sum(max(0.0, min(end, now_s) - max(start, since)) for start, end in self._busy)
         return min(1.0, busy / BUSY_WINDOW_S)
-
-
-def render(engine: Engine, model: str, latencies: Latencies, pacing: Pacing) -> str:
-    return "\n".join(_lines(engine, model, latencies, pacing)) + "\n"
-
-
-def _lines(engine: Engine, model: str, latencies: Latencies, pacing: Pacing) -> Iterator[str]:
-    stats, config = engine.stats, engine.config
-    who = {"engine": "0", "model_name": model}
-    yield from _family("vllm:num_requests_running", "gauge", who, engine.running)
-    yield from _family("vllm:num_requests_waiting", "gauge", who, engine.waiting)
-    yield from _family("vllm:kv_cache_usage_perc", "gauge", who, engine.kv_usage)
-    yield from _family("vllm:num_preemptions_total", "counter", who, stats.preemptions)
-    yield from _family("vllm:prompt_tokens_total", "counter", who, stats.prompt_tok)
-    yield from _family("vllm:generation_tokens_total", "counter", who, stats.generation_tok)
-    yield from _family("vllm:prefix_cache_queries_total", "counter", who, stats.prefix_queries)
-    yield from _family("vllm:prefix_cache_hits_total", "counter", who, stats.prefix_hits)
-    yield "# TYPE vllm:request_success_total counter"
-    for reason in _REASONS:
-        yield _sample("vllm:request_success_total", {**who, "finished_reason": reason},
-                      stats.finished[reason])
-    yield from _family("vllm:cache_config_info", "gauge", {
-        **who, "block_size": str(BLOCK_TOK), "num_gpu_blocks": str(config.num_blocks),
-        "enable_prefix_caching": str(config.prefix_caching),
-        "kv_cache_size_tokens": str(config.num_blocks * BLOCK_TOK)}, 1)
-    for name, histogram in (("time_to_first_token", latencies.ttft),
-                            ("inter_token_latency", latencies.itl),
-                            ("e2e_request_latency", latencies.e2e)):
-        yield from _histogram(f"vllm:{name}_seconds", who, histogram)
-    machine = config.machine
-    yield from _family("sim:info", "gauge", {"gpu": machine.gpu.name, "model": machine.model.name,
-                                             "tensor_parallel_size": str(machine.tp)}, 1)
-    yield from _family("sim:lag_seconds", "gauge", {"kind": "worst"}, pacing.worst_s)
-    yield from _family("sim:late_steps_frac", "gauge", {}, pacing.late_frac())
-    yield from _family("sim:steps_total", "counter", {}, pacing.steps)
-    yield from _family("sim:late_steps_total", "counter", {}, pacing.late)
-
-
-def _family(name: str, kind: str, labels: Mapping[str, str], value: float) -> Iterator[str]:
-    yield f"# TYPE {name} {kind}"
-    yield _sample(name, labels, value)
-
-
-def _histogram(name: str, labels: Mapping[str, str], h: Histogram) -> Iterator[str]:
-    yield f"# TYPE {name} histogram"
-    total = 0
-    for bound, count in zip((*map(str, h.bounds), "+Inf"), h.counts, strict=True):
-        total += count
-        yield _sample(f"{name}_bucket", {**labels, "le": bound}, total)
-    yield _sample(f"{name}_count", labels, total)
-    yield _sample(f"{name}_sum", labels, h.sum)
-
-
-def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
-    text = ",".join(f'{k}="{_escaped(v)}"' for k, v in sorted(labels.items()))
-    return f"{name}{{{text}}} {float(value)}" if text else f"{name} {float(value)}"
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def gpus(engine: Engine, utilization: float, busy_frac: float) -> list[dict[str, object]]:

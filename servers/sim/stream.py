@@ -1,103 +1,114 @@
-"""One request in flight: its tokens become bytes on its connection, or spoiled ones on demand."""
+"""One request in flight: tokens become bytes on its connection, or spoiled ones on demand."""
 
 import asyncio
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
-from servers.sim import faults, text, wire
-from servers.sim.metrics import Latencies
+from servers.sim import faults
+from servers.sim.answers import DONE, Answer
+from servers.sim.choice import Choice
+from servers.sim.errors import Refused, engine_dead
+from servers.sim.metrics import Tally
+from servers.sim.scripts import Script
+
+_NO_FAULT = faults.Fault("none", 0)
 
 
 class Stream:
-    """`done` is set when the answer is complete: to the body of a whole answer, to None after a
-    stream's last event, to Refused when the engine died under a whole answer.
+    """The answer to one request: its choices, and the connection they are told on. `done` is set
+    when the answer is complete: to the body of a whole answer, to None after a stream's last
+    event, to Refused when the engine died under a whole answer.
 
     Events are framed and written here, past aiohttp's writer: that one awaits a slow reader, and
     the engine's loop must wait for nobody. (vLLM's queues are unbounded, too.)
+
+    `leave` is called with a choice that ended before the engine knew; `fell` when a fault is to
+    strike the engine itself.
     """
 
-    def __init__(self, answer: wire.Answer, due_s: float, transport: asyncio.Transport,
-                 fault: faults.Fault | None, seed: int, interval: int = 1) -> None:
+    def __init__(self, answer: Answer, scripts: Sequence[Script], due_s: float,
+                 transport: asyncio.Transport, fault: faults.Fault | None, tally: Tally,
+                 leave: Callable[[Choice], None], fell: Callable[[str], None],
+                 interval: int = 1) -> None:
         self.answer = answer
-        self.tokens = 0
-        self.done: asyncio.Future[bytes | wire.Refused | None] = (
+        self.done: asyncio.Future[bytes | Refused | None] = (
             asyncio.get_running_loop().create_future())
-        self._transport = transport
-        self._fault = fault or faults.Fault("none", 0)
-        self._words = text.words(seed)
-        self._said: list[str] = []
-        self._silent = False
-        self._interval = interval  # an event for the first token, and then for every so many
-        self._held: list[int] = []  # words of the next event
+        self.choices = [Choice(answer, index, script, due_s, tally, interval)
+                        for index, script in enumerate(scripts)]
         self.first_ns: int | None = None  # right before the first token's bytes were written …
         self.last_ns: int | None = None  # … and the last one's
-        self._due_s, self._last_s = due_s, 0.0
+        self._shape = answer.ask.shape
+        self._open = len(self.choices)
+        self._transport = transport
+        self._fault = fault or _NO_FAULT
+        self._leave, self._fell = leave, fell
+        self._silent = False
+        self._late: deque[bytes] = deque()  # events that drip
+        self._result: bytes | Refused | None = None
 
-    def token(self, now_s: float, reason: str | None, latencies: Latencies) -> None:
-        """One more token; the last one has a finish `reason`. An EOS ("stop") has no text."""
-        self._observe(now_s, reason, latencies)
+    @property
+    def tokens(self) -> int:
+        return sum(c.tokens for c in self.choices)
+
+    def token(self, choice: Choice, now_s: float, reason: str | None) -> None:
+        """One more token of `choice`; the last one has a finish `reason`."""
+        if choice.reason is not None:
+            return
         self.last_ns = time.monotonic_ns()
         self.first_ns = self.first_ns or self.last_ns
-        self.tokens += 1
-        word = None if reason == "stop" else next(self._words)
+        events = choice.token(now_s, reason)
         if self._silent:
             return
-        if not self.answer.ask.stream:
-            self._said += [] if word is None else [text.WORDS[word]]
-        elif reason or (self.tokens - 1) % self._interval == 0:
-            self._send(self._events(self._text(word), reason))
-        elif word is not None:
-            self._held.append(word)
-        if self.tokens == self._fault.at:
-            self._strike()
-        if reason and not self._silent:
-            self._end(reason)
+        if choice.reason is not None:
+            if reason is None:
+                self._leave(choice)
+            self._closed(choice, events)
+        elif self._shape.stream and events:
+            self._send(events)
+        if choice.tokens == self._fault.at and choice.index == 0:
+            self._strike(choice)
 
     def finish(self, reason: str) -> None:
         """Ends the answer between tokens: "abort"."""
-        if self.answer.ask.stream:
-            self._send(self._closing(None, reason))
-        self._end(reason)
+        for choice in self.choices:
+            if choice.reason is None and not self._silent:
+                self._closed(choice, choice.cut(reason))
 
-    def fail(self, error: wire.Refused) -> None:
-        """The engine is dead."""
-        if self.answer.ask.stream:
-            self._send([error.event(), wire.DONE])
-        self._resolve(None if self.answer.ask.stream else error)
+    def fail(self, error: Refused) -> None:
+        """The engine is dead, or full."""
+        if self._shape.stream:
+            self._send([error.event(), DONE])
+        self._resolve(None if self._shape.stream else error)
 
-    def _text(self, word: int | None) -> bytes | None:
-        """What an event says: the word, after those that were held back."""
-        if not self._held:
-            return None if word is None else wire.WORDS_JSON[word]
-        words = [*self._held, *([] if word is None else [word])]
-        self._held.clear()
-        return b'"%b"' % b"".join([wire.WORDS_JSON[w][1:-1] for w in words])
+    def _closed(self, choice: Choice, events: list[bytes]) -> None:
+        """The last events of a choice, and after the last choice those of the stream."""
+        self._open -= 1
+        no_finish = self._fault.kind == "no-finish"
+        if no_finish:
+            events = [*events[:-1], choice.unfinished()]
+        if not self._open:
+            if self._shape.include_usage and not no_finish:
+                events = [*events, self.answer.usage(self.tokens)]
+            if self._fault.kind != "no-done":
+                events = [*events, DONE]
+        if self._shape.stream:
+            self._send(events)
+        if not self._open:
+            self._resolve(None if self._shape.stream else self._whole())
 
-    def _events(self, word_json: bytes | None, reason: str | None) -> list[bytes]:
-        first = self.tokens == 1 and self.answer.ask.chat
-        events = [self.answer.role()] if first else []
-        if reason:
-            return events + self._closing(word_json, reason)
-        return [*events, self.answer.token(word_json or b'""')]
+    def _whole(self) -> bytes:
+        body = self.answer.whole([c.told() for c in self.choices], self.tokens)
+        return body[:len(body) // 2] if self._fault.kind == "cut-json" else body
 
-    def _closing(self, word_json: bytes | None, reason: str) -> list[bytes]:
-        if self._fault.kind == "no-finish":
-            return [self.answer.token(word_json or b'""'), wire.DONE]
-        events = [self.answer.finish(word_json, reason)]
-        if self.answer.ask.include_usage:
-            events.append(self.answer.usage(self.tokens))
-        return events if self._fault.kind == "no-done" else [*events, wire.DONE]
-
-    def _end(self, reason: str) -> None:
-        whole = None if self.answer.ask.stream else self.answer.whole("".join(self._said),
-                                                                      self.tokens, reason)
-        self._resolve(whole)
-
-    def _resolve(self, result: bytes | wire.Refused | None) -> None:
-        if not self.done.done():
+    def _resolve(self, result: bytes | Refused | None) -> None:
+        self._result = result
+        if not self._late and not self.done.done():
             self.done.set_result(result)
+
+    # ------------------------------------------------------------------------------ the connection
 
     def _send(self, events: Iterable[bytes]) -> None:
         """Each event is one HTTP chunk, as from uvicorn."""
@@ -105,36 +116,53 @@ class Stream:
             return
         if self._fault.kind == "slice":
             n = faults.SLICE_BYTES
-            for piece in [e[i:i + n] for e in events for i in range(0, len(e), n)]:
-                self._transport.write(_chunk(piece))
+            events = [e[i:i + n] for e in events for i in range(0, len(e), n)]
+        if self._fault.kind == "drip":
+            if not self._late:
+                asyncio.get_running_loop().call_later(self._fault.at, self._drip)
+            self._late.extend(events)
             return
         self._transport.write(b"".join([_chunk(e) for e in events]))
 
-    def _strike(self) -> None:
+    def _drip(self) -> None:
+        if self._transport.is_closing() or not self._late:
+            return
+        self._transport.write(_chunk(self._late.popleft()))
+        if self._late:
+            asyncio.get_running_loop().call_later(self._fault.at, self._drip)
+        elif not self._open:
+            self._resolve(self._result)
+
+    def _strike(self, choice: Choice) -> None:
         """The fault that comes after the token just sent."""
         kind = self._fault.kind
-        if kind == "error-event":
-            self.fail(wire.engine_dead())
+        if kind in faults.ENGINE_KINDS:
+            self._fell(kind)
+        elif kind == "error-event":
+            self.fail(engine_dead())
         elif kind == "bad-json":
-            self._send([self.answer.token(b'"broken')])
+            self._send([choice.event(b'"broken')])
         elif kind == "big-line":
-            self._send([self.answer.token(b'"' + b"x" * faults.BIG_LINE_BYTES + b'"')])
+            self._send([choice.event(b'"' + b"x" * faults.BIG_LINE_BYTES + b'"')])
+        elif kind == "cut-json" and self._shape.stream:
+            event = choice.event(b'"cut"')
+            self._send([event[:len(event) // 2] + b"\n\n"])
+            self._resolve(None)
+        elif kind == "fin":
+            self._resolve(None if self._shape.stream else b"")
         elif kind == "truncate":
             self._transport.close()
         elif kind == "rst":
-            sock = self._transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._transport.abort()
-        self._silent = kind in ("error-event", "truncate", "rst", "stall")
+            reset(self._transport)
+        self._silent |= kind in faults.SILENCING and (kind != "cut-json" or self._shape.stream)
 
-    def _observe(self, now_s: float, reason: str | None, latencies: Latencies) -> None:
-        if self.tokens == 0:
-            latencies.ttft.observe(now_s - self._due_s)
-        else:
-            latencies.itl.observe(now_s - self._last_s)
-        self._last_s = now_s
-        if reason:
-            latencies.e2e.observe(now_s - self._due_s)
+
+def reset(transport: asyncio.Transport) -> None:
+    """Closes with a RST."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def _chunk(data: bytes) -> bytes:

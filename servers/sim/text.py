@@ -10,11 +10,18 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
 
 from servers.sim.costs import BLOCK_TOK
 
 _PIECE = re.compile(r" ?[A-Za-zÀ-ɏ]{1,6}|\d{1,3}|[\u4e00-\u65ff][\u4e00-\u9fff]|\s+|.")
 _SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+_TOOLS = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou "
+          "are provided with function signatures within <tools></tools> XML tags:\n<tools>\n")
+_CALL_THEM = ("\n</tools>\n\nFor each function call, return a json object with function name and "
+              "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+              '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
 
 _ENGLISH = """able about after again and answer any area base below black book both build call case
  clear code cost data each early end every fact few field file first form free from full given good
@@ -31,18 +38,27 @@ WORDS = tuple([f" {w}" for w in _ENGLISH.split()] + _CHINESE.split())
 _ORDER = random.Random(0).choices(range(len(WORDS)), k=4096)  # looked up: cheaper than drawn
 
 
-def pieces(text: str) -> list[str]:
-    return _PIECE.findall(text)
+def pieces(text: str, most: int | None = None) -> list[str]:
+    """`most`: no more than so many are cut off."""
+    if most is None or len(text) <= most:
+        return _PIECE.findall(text)
+    return [m.group() for m in islice(_PIECE.finditer(text), most)]
 
 
-def chat_pieces(messages: Sequence[Mapping[str, object]]) -> list[str]:
-    """The conversation in Qwen's chat template, ready for the assistant's answer."""
+def chat_pieces(messages: Sequence[Mapping[str, object]], tools: str = "",
+                most: int | None = None) -> list[str]:
+    """The conversation in Qwen's chat template, ready for the assistant's answer; `most` pieces
+    at most."""
     turns = [(str(m.get("role", "")), _content(m.get("content"))) for m in messages]
     if turns and turns[0][0] != "system":
         turns.insert(0, ("system", _SYSTEM))
+    if tools:
+        turns[0] = (turns[0][0], f"{turns[0][1]}{_TOOLS}{tools}{_CALL_THEM}")
     out: list[str] = []
     for role, content in turns:
-        out += ("<|im_start|>", role, "\n", *pieces(content), "<|im_end|>", "\n")
+        out += ("<|im_start|>", role, "\n", *pieces(content, most), "<|im_end|>", "\n")
+        if most is not None and len(out) > most:
+            return out[:most]
     return [*out, "<|im_start|>", "assistant", "\n"]
 
 
@@ -54,7 +70,13 @@ def _content(content: object) -> str:
 
 
 def token_ids(tokens: Sequence[str | int], vocab: int) -> list[int]:
-    return [t if isinstance(t, int) else zlib.crc32(t.encode()) % vocab for t in tokens]
+    return [t if isinstance(t, int) else zlib.crc32(t.encode(errors="replace")) % vocab
+            for t in tokens]
+
+
+def detokenized(ids: Sequence[int], known: Mapping[int, str] = MappingProxyType({})) -> str:
+    """Ids are hashes: those in `known` have their text back, others stand for some word."""
+    return "".join(known.get(i) or WORDS[i % len(WORDS)] for i in ids)
 
 
 def block_hashes(tokens: Sequence[str | int]) -> list[int]:

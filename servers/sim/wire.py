@@ -1,227 +1,185 @@
-"""vLLM's dialect: what a request may say, and the bytes of the answers, key by key as captured
-from vLLM 0.32. No sockets."""
+"""vLLM's dialect: what a request may ask for, and how it is refused. No sockets."""
 
 import json
-import time
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from servers.sim import text
+from servers.sim import constraints, prompts
+from servers.sim.constraints import Constraint
+from servers.sim.errors import Refused, bad, invalid, unsupported_media_type
+from servers.sim.prompts import Tokens
 
-FINGERPRINT = "vllm-0.32.0-simulated"
-ENGINE_DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-BUSY = ("The engine is currently busy and cannot accept new requests. Please try again later or on "
-        "a different instance.")
-DONE = b"data: [DONE]\n\n"
-WORDS_JSON = tuple(json.dumps(w, ensure_ascii=False).encode() for w in text.WORDS)
-
-
-def dumps(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+MAX_LOGPROBS = 20
+MAX_N = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
 
 
-class Refused(Exception):
-    """An HTTP error with vLLM's body."""
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What is asked of each answer. `max_tokens`: None for as many as fit."""
 
-    def __init__(self, status: int, message: str, kind: str = "BadRequestError",
-                 param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.error = {"message": message, "type": kind, "param": param, "code": status}
-
-    def body(self) -> bytes:
-        return dumps({"error": self.error})
-
-    def event(self) -> bytes:
-        """As it is told inside a stream, where vLLM's serializer sets spaces."""
-        return b"data: " + json.dumps({"error": self.error}).encode() + b"\n\n"
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # so many alternatives per token; None: not asked for
+    n: int = 1
 
 
-def engine_dead() -> Refused:
-    return Refused(500, ENGINE_DEAD, "InternalServerError")
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the answers are to be told."""
 
-
-def busy() -> Refused:
-    return Refused(503, BUSY, "Service Unavailable")
-
-
-# -------------------------------------------------------------------------------------- requests
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    token_ids: bool = False
+    echo: bool = False  # completions: the prompt's text first
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A checked request. `tokens`: the prompt's pieces or ids."""
+    """A checked request. `prompts`: the pieces or ids of each; `texts`: with `echo`, themselves."""
 
     chat: bool
     model: str
-    tokens: list[str] | list[int]
-    max_tokens: int
-    ignore_eos: bool
-    min_tokens: int
-    stream: bool
-    include_usage: bool
+    prompts: list[Tokens]
+    sampling: Sampling
+    shape: Shape
+    constraint: Constraint
+    texts: tuple[str, ...] = ()
+
+    @property
+    def prompt_tok(self) -> int:
+        return sum(map(len, self.prompts))
 
 
 def parse_body(raw: bytes, content_type: str) -> dict[str, Any]:
     if not raw:
-        raise _invalid("missing", "body", "Field required", "None")
+        raise invalid("missing", "body", "Field required", None)
     if content_type != "application/json":
-        raise Refused(400, "1 validation error:\n  Unsupported Media Type: Only 'application/json' "
-                      "is allowed", "Bad Request")
+        raise unsupported_media_type()
     try:
         body = json.loads(raw)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         at = f"body.{getattr(e, 'pos', 0)}"
-        raise _invalid("json_invalid", at, "JSON decode error", "<dict of 0 items>",
-                       f", 'ctx': {{'error': '{getattr(e, 'msg', e)}'}}") from None
+        raise invalid("json_invalid", at, "JSON decode error", {},
+                      f", 'ctx': {{'error': '{getattr(e, 'msg', e)}'}}") from None
     if not isinstance(body, dict):
-        raise _invalid("model_attributes_type", "body", "Input should be a valid dictionary",
-                       str(body)[:40])
+        raise invalid("model_attributes_type", "body", "Input should be a valid dictionary or "
+                      "object to extract fields from", body)
     return body
 
 
-def parse_ask(body: dict[str, Any], chat: bool, models: list[str], max_model_len: int) -> Ask:
+def parse_ask(body: dict[str, Any], chat: bool, models: list[str], max_model_len: int,
+              vocab: int) -> Ask:
     """Raises Refused as vLLM would; unknown fields are accepted as vLLM does."""
+    check_model(body, models)
+    shape = _shape(body, chat)
+    constraint = constraints.parse(body, chat)
+    sampling = _sampling(body, chat, max_model_len)
+    if chat:
+        prompts.require_messages(body)
+        asked: list[Tokens] = [prompts.chat_tokens(body, models[0], max_model_len)]
+    else:
+        asked = [prompts.completion_tokens(p, max_model_len) for p in prompts.given_prompts(body)]
+    for tokens in asked:
+        prompts.check_prompt(tokens, max_model_len, vocab)
+    texts = tuple(map(prompts.text_of, prompts.given_prompts(body))) if shape.echo else ()
+    return Ask(chat, body.get("model") or models[0], asked, sampling, shape, constraint, texts)
+
+
+def check_model(body: dict[str, Any], models: list[str]) -> None:
     model = body.get("model") or models[0]
+    if not isinstance(model, str):
+        raise invalid("string_type", "body.model", "Input should be a valid string", model)
     if model not in models:
         raise Refused(404, f"The model `{model}` does not exist. Valid aliases: "
                       f"{', '.join(models)}.", "NotFoundError", "model")
-    temperature = _number(body, "temperature")
-    if temperature is not None and temperature < 0:
-        raise _bad("temperature", f"temperature must be non-negative, got {float(temperature)}.",
-                   float(temperature))
-    options = body.get("stream_options") or {}
-    if options and not body.get("stream"):
-        raise Refused(400, "Stream options can only be defined when `stream=True`. "
-                      "(parameter=stream_options)", param="stream_options")
-    if (body.get("n") or 1) != 1:
-        raise Refused(400, "n must be 1: the simulator answers once.", param="n")
-    tokens = prompt_tokens(body, chat)
-    return Ask(chat, model, tokens, _max_tokens(body, chat, len(tokens), max_model_len),
-               bool(body.get("ignore_eos")), int(_number(body, "min_tokens") or 0),
-               bool(body.get("stream")), bool(options.get("include_usage")))
 
 
-def prompt_tokens(body: dict[str, Any], chat: bool) -> list[str] | list[int]:
-    field = "messages" if chat else "prompt"
-    if field not in body:
-        raise _invalid("missing", f"body.{field}", "Field required",
-                       f"<dict of {len(body)} items>")
-    prompt = body[field]
-    if chat:
-        if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
-            raise _invalid("list_type", "body.messages", "Input should be a valid list",
-                           str(prompt)[:40])
-        if not prompt:
-            raise Refused(400, "Cannot apply chat template to an empty conversation. Provide at "
-                          "least one message.")
-        return text.chat_pieces(prompt)
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    if not prompt:
-        raise Refused(400, "Either prompt or prompt_embeds must be provided and non-empty. "
-                      "(parameter=prompt)", param="prompt")
-    if isinstance(prompt, str):
-        return text.pieces(prompt)
-    if isinstance(prompt, list) and all(isinstance(t, int) for t in prompt):
-        return prompt
-    raise Refused(400, "prompt must be one text or one list of token ids.", param="prompt")
-
-
-def _max_tokens(body: dict[str, Any], chat: bool, prompt: int, max_model_len: int) -> int:
-    asked = _number(body, "max_completion_tokens") if chat else None
-    asked = _number(body, "max_tokens") if asked is None else asked
-    if asked is not None and asked < 1:
-        raise _bad("max_tokens", f"max_tokens must be at least 1, got {int(asked)}.", int(asked))
-    if asked is not None and asked > max_model_len:
-        raise _bad("max_tokens", f"max_tokens={int(asked)} cannot be greater than max_model_len="
-                   f"{max_model_len}. Please request fewer output tokens.", int(asked))
-    if prompt >= max_model_len:
-        raise _bad("input_tokens", f"This model's maximum context length is {max_model_len} "
-                   f"tokens. However, your prompt contains at least {prompt} input tokens, which "
-                   "exceeds this limit even without any output tokens. Please reduce the length "
-                   "of the input prompt.", prompt)
+def output_tok(asked: int | None, prompt_tok: int, chat: bool, max_model_len: int) -> int:
+    """Tokens that an answer may have: what is asked, or 16 of completions, cut to what fits."""
     default = max_model_len if chat else 16
-    return min(default if asked is None else int(asked), max_model_len - prompt)
+    return min(default if asked is None else asked, max_model_len - prompt_tok)
 
 
-def _number(body: dict[str, Any], key: str) -> float | None:
+# -------------------------------------------------------------------------------------- sampling
+
+
+def _sampling(body: dict[str, Any], chat: bool, max_model_len: int) -> Sampling:
+    _ranges(body)
+    n = int(_number(body, "n", 1))
+    if not 1 <= n <= MAX_N:
+        raise Refused(400, f"n must be at least 1, got {n}." if n < 1 else
+                      f"n must be at most {MAX_N}, got {n}.")
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise invalid("string_type", "body.stop.str", "Input should be a valid string", stop)
+    return Sampling(_max_tokens(body, chat, max_model_len), int(_number(body, "min_tokens", 0)),
+                    bool(body.get("ignore_eos")), tuple(stop), _logprobs(body, chat), n)
+
+
+def _ranges(body: dict[str, Any]) -> None:
+    temperature = float(_number(body, "temperature", 1.0))
+    if temperature < 0:
+        raise bad("temperature", f"temperature must be non-negative, got {temperature}.",
+                  temperature)
+    top_p = float(_number(body, "top_p", 1.0))
+    if not 0 < top_p <= 1:
+        raise bad("top_p", f"top_p must be in (0, 1], got {top_p}.", top_p)
+
+
+def _max_tokens(body: dict[str, Any], chat: bool, max_model_len: int) -> int | None:
+    asked = _number(body, "max_completion_tokens", None) if chat else None
+    asked = _number(body, "max_tokens", None) if asked is None else asked
+    if asked is None:
+        return None
+    asked = int(asked)
+    if asked < 1:
+        raise bad("max_tokens", f"max_tokens must be at least 1, got {asked}.", asked)
+    if asked > max_model_len:
+        raise bad("max_tokens", f"max_tokens={asked} cannot be greater than max_model_len="
+                  f"{max_model_len}. Please request fewer output tokens.", asked)
+    return asked
+
+
+def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
+    if chat:
+        asked = int(_number(body, "top_logprobs", 0)) if body.get("logprobs") else None
+    else:
+        given = body.get("logprobs")
+        asked = None if given in (None, False) else int(_number(body, "logprobs", 0))
+    if asked is not None and asked > MAX_LOGPROBS:
+        raise bad("logprobs", f"Requested sample logprobs of {asked}, which is greater than max "
+                  f"allowed: {MAX_LOGPROBS}", asked)
+    return asked if asked is None else max(asked, 0)
+
+
+def _number(body: dict[str, Any], key: str, default: Any) -> Any:
     value = body.get(key)
-    if value is None or isinstance(value, int | float):
-        return value
-    raise _invalid("float_parsing", f"body.{key}", "Input should be a valid number, unable to "
-                   "parse string as a number", str(value)[:40])
+    if value is None:
+        return default
+    if not isinstance(value, int | float):
+        raise invalid("float_parsing", f"body.{key}", "Input should be a valid number, unable to "
+                      "parse string as a number", value)
+    if not math.isfinite(value) or abs(value) > 2**62:
+        raise invalid("finite_number", f"body.{key}", "Input should be a finite number", value)
+    return value
 
 
-def _bad(param: str, message: str, value: float) -> Refused:
-    return Refused(400, f"{message} (parameter={param}, value={value})", param=param)
+# ---------------------------------------------------------------------------------------- shapes
 
 
-def _invalid(kind: str, loc: str, message: str, given: str, more: str = "") -> Refused:
-    """A pydantic complaint, the way vLLM prints it: its type is "Bad Request", with a space."""
-    return Refused(400, f"1 validation error:\n  {{'type': '{kind}', 'loc': '{loc}', 'msg': "
-                   f"'{message}', 'input': '{given}'{more}}}", "Bad Request", loc)
-
-
-# --------------------------------------------------------------------------------------- answers
-
-
-class Answer:
-    """The bytes of one answer: events of a stream, or the whole body."""
-
-    def __init__(self, ask: Ask, request_id: str) -> None:
-        self.ask = ask
-        self.created = int(time.time())
-        self.id = ("chatcmpl-" if ask.chat else "cmpl-") + request_id
-        kind = "chat.completion.chunk" if ask.chat else "text_completion"
-        self._head = b"data: " + dumps({"id": self.id, "object": kind, "created": self.created,
-                                        "model": ask.model, "choices": []})[:-2]
-
-    def role(self) -> bytes:
-        """vLLM sends the role with the first token, right before it."""
-        return self._head + (b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":'
-                             b'null,"finish_reason":null}],"prompt_token_ids":null,'
-                             b'"prompt_text":null}\n\n')
-
-    def token(self, word_json: bytes) -> bytes:
-        return self._head + self._choice(word_json, b"null") + b"}\n\n"
-
-    def finish(self, word_json: bytes | None, reason: str) -> bytes:
-        """The finishing chunk: with the last word when cut by length, else without text."""
-        end = b"" if self.ask.include_usage else b',"system_fingerprint":' + dumps(FINGERPRINT)
-        return self._head + self._choice(word_json, dumps(reason)) + end + b"}\n\n"
-
-    def usage(self, output_tok: int) -> bytes:
-        return (self._head + b'],"usage":' + dumps(self._usage(output_tok))
-                + b',"system_fingerprint":' + dumps(FINGERPRINT) + b"}\n\n")
-
-    def _choice(self, word_json: bytes | None, reason: bytes) -> bytes:
-        if not self.ask.chat:
-            return (b'{"index":0,"text":' + (word_json or b'""') + b',"logprobs":null,'
-                    b'"finish_reason":' + reason
-                    + b',"stop_reason":null,"prompt_token_ids":null,"token_ids":null}]')
-        delta = b"" if word_json is None else b'"content":' + word_json
-        stop = b"" if reason == b"null" else b',"stop_reason":null'
-        return (b'{"index":0,"delta":{' + delta + b'},"logprobs":null,"finish_reason":' + reason
-                + stop + b',"token_ids":null}]')
-
-    def whole(self, content: str, output_tok: int, reason: str) -> bytes:
-        choice: dict[str, Any] = {"index": 0}
-        if self.ask.chat:
-            empty = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning"))
-            choice["message"] = {"role": "assistant", "content": content, **empty}
-        else:
-            choice["text"] = content
-        choice |= {"logprobs": None, "finish_reason": reason, "stop_reason": None,
-                   "token_ids": None}
-        details = {"prompt_tokens_details": None, "completion_tokens_details": None}
-        return dumps({
-            "id": self.id, "object": "chat.completion" if self.ask.chat else "text_completion",
-            "created": self.created, "model": self.ask.model, "choices": [choice],
-            "service_tier": None, "system_fingerprint": FINGERPRINT,
-            "usage": {**self._usage(output_tok), **details}})
-
-    def _usage(self, output_tok: int) -> dict[str, int]:
-        prompt = len(self.ask.tokens)
-        return {"prompt_tokens": prompt, "total_tokens": prompt + output_tok,
-                "completion_tokens": output_tok}
+def _shape(body: dict[str, Any], chat: bool) -> Shape:
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise invalid("model_attributes_type", "body.stream_options", "Input should be a valid "
+                      "dictionary or object to extract fields from", options)
+    if options and not body.get("stream"):
+        raise bad("stream_options", "Stream options can only be defined when `stream=True`.")
+    usage = bool(options.get("include_usage"))
+    return Shape(bool(body.get("stream")), usage,
+                 usage and bool(options.get("continuous_usage_stats")),
+                 bool(body.get("return_token_ids")), bool(body.get("echo")) and not chat)
