@@ -333,7 +333,8 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
         model=None if launches_vllm(options) else options["model"],
         headers=headers_of(options), processes=processes_of(
             options["processes"], *most, options["base_url"]),
-        command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"])
+        command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"],
+        gpus=options["gpus"])
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)
     raise SystemExit(code)
@@ -347,7 +348,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     """Writes summary and report, says the verdict, gives the exit code."""
     from rich.console import Console  # noqa: PLC0415
 
-    from analysis import summary, words  # noqa: PLC0415
+    from analysis import gpus, summary, words  # noqa: PLC0415
 
     try:
         finished = summary.finish(folder, slo, report=html)
@@ -359,6 +360,8 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
+    if said := gpus.sentence(finished):
+        console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:
         console.print(f"Stopped: {result.says}", style="dim", soft_wrap=not console.is_terminal,
                       highlight=False)

@@ -117,6 +117,8 @@ def target_options(command: Any) -> Any:
                      "as many as the load needs and this host's cores allow."),
         click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER",
                      help="Run folder. Default: runs/DATE-TIME-SCENARIO."),
+        click.option("--gpus/--no-gpus", default=None, help="Watch this host's GPUs. Default: if "
+                     "the server runs on this host (of --base-url: at 127.0.0.1)."),
         click.option("--report/--no-report", default=True, show_default=True,
                      help="Write report.html and charts when the run is over."),
     ]):

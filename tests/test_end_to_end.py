@@ -28,7 +28,7 @@ from tests.test_cli import LOADGEN, Said, loadgen, start
 pytestmark = pytest.mark.slow
 FAST = ["--", "--speed", "10"]
 JOURNALS = ("manifest.json", "legs.jsonl", "records-0.jsonl", "telemetry-server.jsonl",
-            "server.log")
+            "telemetry-gpu.jsonl", "telemetry-state.jsonl", "server.log")
 DERIVED = ("records.parquet", "summary.json", "report.html", "junit.xml", "summary.md")
 
 

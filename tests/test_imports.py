@@ -39,10 +39,13 @@ ALLOWED = {
     "drive": "client leg metrics net openai plan prompts record scenario store",
     "shard": "client drive errors leg net prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
+    "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "store target",
     "telemetry.signs": "balance judge leg store",
     "calibrate": "client errors net openai plan prompts record scenario target",
-    "attend": "calibrate errors net prompts scenario shard store target telemetry.server",
+    "watch": "errors store target telemetry.gpu telemetry.server",
+    "attend": "calibrate errors net prompts scenario shard store target telemetry.gpu "
+              "telemetry.server watch",
     "headroom": "record",
     "rungs": "headroom validity",
     "calibration": "errors headroom",
@@ -53,7 +56,7 @@ ALLOWED = {
     "facts": "judge prompts scenario store target",
     "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
     "runner": "calibrate errors facts judge leg ramp record scenario store supervise sweep "
-              "target telemetry.server telemetry.signs view virtual",
+              "target telemetry.gpu telemetry.server telemetry.signs view virtual watch",
     "campaign": "errors scenario store target",
     "options": "errors scenario target",
     "cli": "options calibration campaign doctor errors judge leg ramp runner scenario target view",

@@ -8,10 +8,11 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Callable
 
 import aiohttp
 
-from loadgen.store import Journal, Row
+from loadgen.store import Row
 from loadgen.target import Target
 
 PERIOD_S = 0.5
@@ -54,19 +55,16 @@ def gpu_rows_of(answer: list[dict[str, float]], t_ns: int) -> list[Row]:
             for gpu in answer for key, name, scale in (
                 ("memory_used_bytes", "memory_used_bytes", 1),
                 ("memory_total_bytes", "memory_total_bytes", 1),
-                ("utilization_gpu", "util_frac", 0.01)) if key in gpu]
+                ("utilization_gpu", "util_frac", 0.01), ("power_w", "power_w", 1)) if key in gpu]
 
 
-async def once(target: Target, journal: Journal, keep: list[Row]) -> None:
-    """One sample of /metrics, now; gives up after `ONCE_S`. Raises StoreError."""
+async def once(target: Target) -> list[Row]:
+    """One sample of /metrics, now; none if it does not come within `ONCE_S`."""
     try:
         async with asyncio.timeout(ONCE_S), _session(target, ONCE_S) as session:
-            rows = await _scrape(session, target.base_url + "/metrics")
+            return await _scrape(session, target.base_url + "/metrics")
     except TimeoutError:
-        return
-    for row in rows:
-        journal.append(row)
-    keep += rows
+        return []
 
 
 def _session(target: Target, total_s: float) -> aiohttp.ClientSession:
@@ -75,8 +73,8 @@ def _session(target: Target, total_s: float) -> aiohttp.ClientSession:
                                  proxy=target.proxy)
 
 
-async def watch(target: Target, journal: Journal, keep: list[Row], simulated: bool) -> None:
-    """Until cancelled: appends rows to the journal and to `keep`."""
+async def watch(target: Target, keep: Callable[[list[Row]], None], simulated: bool) -> None:
+    """Until cancelled: `keep` gets each sample's rows."""
     left = {"/metrics": float(TRIES), "/sim/gpu": TRIES if simulated else 0.0}
     async with _session(target, 2.0) as session:
         while any(left.values()):
@@ -84,9 +82,7 @@ async def watch(target: Target, journal: Journal, keep: list[Row], simulated: bo
             for path in [p for p, tries in left.items() if tries]:
                 rows = await _scrape(session, target.base_url + path)
                 left[path] = math.inf if rows else left[path] - 1
-                for row in rows:
-                    journal.append(row)
-                keep += rows
+                keep(rows)
             await asyncio.sleep(max(0.05, PERIOD_S - (time.monotonic() - began)))
 
 
