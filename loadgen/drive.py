@@ -16,7 +16,8 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import metrics, openai, plan
-from loadgen.client import Client, Flight
+from loadgen.client import Client
+from loadgen.flight import Flight
 from loadgen.leg import Leg
 from loadgen.net import now_ns
 from loadgen.prompts import Ratio

@@ -15,8 +15,7 @@ from loadgen.errors import ScenarioError, ServerError
 from loadgen.store import RunFolder
 from servers.base import free_port
 from servers.vllm import VllmServer, _environment
-from tests.test_cli import Said, loadgen, start
-from tests.test_end_to_end import endings, kept, processes_in, running, wait
+from tests.real import Said, endings, kept, loadgen, processes_in, running, start, wait
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_vllm.py"))]
 BY = ["--server-cmd", " ".join(FAKE), "--model", "/models/tiny"]

@@ -20,9 +20,10 @@ from loadgen.record import Outcome
 from loadgen.store import RunFolder
 from servers.base import free_port
 from servers.processes import alive
-from tests import test_cli
-from tests.test_cli import LOADGEN, Said, start
-from tests.test_end_to_end import (
+from tests import real
+from tests.real import (
+    LOADGEN,
+    Said,
     endings,
     kept,
     outcomes,
@@ -30,6 +31,7 @@ from tests.test_end_to_end import (
     pid_of,
     processes_in,
     running,
+    start,
     wait,
 )
 
@@ -91,7 +93,7 @@ def launched(model: Path, *flags: str) -> list[str]:
 
 
 def loadgen(*words: str, cwd: Path, env: dict[str, str] = ENV) -> Said:
-    said = test_cli.loadgen(*words, cwd=cwd, env=env, timeout=2 * START_S)
+    said = real.loadgen(*words, cwd=cwd, env=env, timeout=2 * START_S)
     assert "Traceback" not in said.all, said.all
     return said
 
