@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from loadgen import cli
 from loadgen.record import Outcome, RequestRecord
 from loadgen.store import RunFolder
 from servers.base import free_port
@@ -114,6 +116,39 @@ def endings(folder: Path) -> list[str | None]:
 def summary(folder: Path) -> dict[str, object]:
     value: dict[str, object] = json.loads((folder / "summary.json").read_bytes())
     return value
+
+
+def findings(folder: Path) -> list[dict[str, str]]:
+    found: Any = summary(folder)["findings"]
+    return list(found)
+
+
+def rules(folder: Path) -> dict[str, str]:
+    """Of `validity` that fired, with their verdicts."""
+    return {f["rule"]: f["verdict"] for f in findings(folder)}
+
+
+def verdict(folder: Path) -> tuple[str, str]:
+    """Of the load, and of the measurement."""
+    found: Any = summary(folder)["verdict"]
+    return found["load"], found["measurement"]
+
+
+def assert_is_suspect(said: Said, folder: Path, rule: str) -> str:
+    """`rule` fired as SUSPECT, and the verdict says so; the exit code stays the load's, unless this
+    host stalled and something else made the measurement INVALID. What the finding says."""
+    found = rules(folder)
+    assert found.get(rule) == "SUSPECT", said.all
+    assert "Traceback" not in said.all
+    if "INVALID" in found.values():
+        assert said.code == cli.INVALID, said.all
+    else:
+        assert said.code == cli.PASS, said.all
+        assert verdict(folder) == ("SAFE", "SUSPECT")
+        assert "SAFE, SUSPECT" in said.out
+        assert re.search(rf"SUSPECT \(.*{rule}", said.out), said.out
+    [says] = [f["says"] for f in findings(folder) if f["rule"] == rule]
+    return says
 
 
 def running(folder: Path, n: int) -> Callable[[], bool]:

@@ -10,17 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from loadgen import cli
 from loadgen.judge import is_due, sample_of
+from loadgen.leg import Health
 from loadgen.pulse import waits
 from loadgen.record import Outcome
 from loadgen.store import RunFolder
+from loadgen.validity import GC_PAUSE_S
 from tests import real
-from tests.real import Said, loadgen, start, wait
+from tests.real import Said, assert_is_suspect, loadgen, rules, start, verdict, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nobody_is_left")]
 S = 1_000_000_000
@@ -30,30 +31,41 @@ resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))
 from loadgen.cli import entry
 entry(sys.argv[1:])
 """
-SMALL_READS = """
+HOOKED = """
 import asyncio, sys
 real = asyncio.create_subprocess_exec
-def smaller(program, *words, **how):
+def hooked(program, *words, **how):
     if words[:2] == ("-m", "loadgen.shard"):
-        words = ("-c", "from loadgen import connection, shard; connection.READ_BYTES = 256; "
-                 "shard.main()")
+        words = ("-c", {0!r} + "from loadgen import shard; shard.main()")
     return real(program, *words, **how)
-asyncio.create_subprocess_exec = smaller
+asyncio.create_subprocess_exec = hooked
 from loadgen.cli import entry
 entry(sys.argv[1:])
+"""  # with something done to each generator process before it begins
+SMALL_READS = """
+from loadgen import connection
+connection.READ_BYTES = 256
 """
-
-
-def rules(folder: Path) -> dict[str, str]:
-    """Which fired, with their verdicts."""
-    found: Any = real.summary(folder)["findings"]
-    return {f["rule"]: f["verdict"] for f in found}
-
-
-def verdict(folder: Path) -> tuple[str, str]:
-    """Of the load, and of the measurement."""
-    found: Any = real.summary(folder)["verdict"]
-    return found["load"], found["measurement"]
+KEEPS = """
+import gc
+from loadgen import record
+gc.disable = gc.freeze = lambda: None  # as in a generator that leaves the collector on, and …
+kept, end = [[] for _ in range(100_000)], record.Recorder.end
+def keeping(self, *what):  # … keeps what it parsed
+    kept.extend([] for _ in range(1000))
+    return end(self, *what)
+record.Recorder.end = keeping
+"""
+SMALL_BUFFERS = """
+import socket
+from loadgen import client
+connect = client.connect
+async def small(*where):
+    sock, tls = await connect(*where)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    return sock, tls
+client.connect = small
+"""
 
 
 def scripted(script: str, *args: str, cwd: Path) -> Said:
@@ -70,6 +82,14 @@ def assert_the_generator_was_the_limit(said: Said, folder: Path) -> None:
     assert verdict(folder) == ("UNRESOLVED", "INVALID")
     assert "the load generator was the limit, not the server" in said.out
     assert "Not met" not in said.out
+
+
+def health_of(folder: Path) -> Health:
+    """What the one generator process measured of itself."""
+    window = RunFolder(folder).legs()[0][1]
+    assert window is not None
+    [health] = window.shards
+    return health
 
 
 @contextlib.contextmanager
@@ -150,10 +170,41 @@ def test_a_rate_that_one_core_cannot_send_is_no_limit_of_the_servers(tmp_path: P
 
 
 def test_a_read_buffer_that_is_too_small_is_told(tmp_path: Path) -> None:
-    said = scripted(SMALL_READS, "run", "smoke", "--duration", "3s", "--out", "r", "--no-report",
-                    *real.FAST, cwd=tmp_path)
+    said = scripted(HOOKED.format(SMALL_READS), "run", "smoke", "--duration", "3s", "--out", "r",
+                    "--no-report", *real.FAST, cwd=tmp_path)
     assert "read-behind" in rules(tmp_path / "r"), said.all
     assert_the_generator_was_the_limit(said, tmp_path / "r")
+
+
+def test_a_collector_that_is_left_on_is_told(tmp_path: Path) -> None:
+    said = scripted(HOOKED.format(KEEPS), "run", "smoke", "--concurrency", "4", "--duration", "4s",
+                    "--out", "r", "--no-report", *real.FAST, cwd=tmp_path)
+    says = assert_is_suspect(said, tmp_path / "r", "gc-pauses")
+    health = health_of(tmp_path / "r")
+    assert health.gc_pause_s > 0.04
+    assert health.gc_pause_max_s > GC_PAUSE_S
+    assert says == (
+        f"Python's garbage collector held generator process 0 up for {health.gc_pause_s:.2f} s in "
+        f"all, {1000 * health.gc_pause_max_s:.0f} ms at a time")
+
+
+def test_a_small_receive_buffer_is_told(tmp_path: Path) -> None:
+    said = scripted(HOOKED.format(SMALL_BUFFERS), "run", "smoke", "--duration", "3s", "--out", "r",
+                    "--no-report", *real.FAST, cwd=tmp_path)
+    says = assert_is_suspect(said, tmp_path / "r", "receive-buffer")
+    size = health_of(tmp_path / "r").rcvbuf_bytes
+    assert size is not None
+    assert 4096 <= size < 16_384  # the kernel doubles what it is asked for
+    assert f"a connection's receive buffer was {size} bytes" in says
+
+
+def test_a_run_as_it_should_be_fires_neither(tmp_path: Path) -> None:
+    """The test's test: what is done to the generator makes the difference."""
+    said = loadgen("run", "smoke", "--concurrency", "8", "--duration", "3s", "--out", "r",
+                   "--no-report", *real.FAST, cwd=tmp_path)
+    assert said.code in (cli.PASS, cli.INVALID), said.all
+    assert not {"gc-pauses", "receive-buffer"} & set(rules(tmp_path / "r"))
+    assert health_of(tmp_path / "r").gc_pause_s == 0
 
 
 def test_somebody_elses_load_is_told(tmp_path: Path) -> None:

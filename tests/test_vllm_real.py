@@ -15,7 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from analysis import frame
 from loadgen import cli
+from loadgen.balance import Tally
 from loadgen.record import Outcome
 from loadgen.store import RunFolder
 from servers.base import free_port
@@ -174,6 +176,25 @@ def test_what_is_asked_for_comes_back_and_is_counted_as_the_server_counts(
         r.prompt_tok or 0 for r in records) + 30
     names = {row.name for row in RunFolder(tmp_path / "r").rows()}
     assert {"running", "waiting", "kv_frac", "preemptions"} <= names
+
+
+@pytest.mark.parametrize("load", [["--concurrency", "4"], ["--rate", "8"]])
+def test_requests_and_tokens_are_those_that_the_server_s_metrics_count(
+        served: str, tmp_path: Path, load: list[str]) -> None:
+    """To the last one, over the leg's whole life: 60 requests, each awaited to its end."""
+    said = loadgen("run", str(TINY / "tiny.toml"), *load, "--num-prompts", "60", "--base-url",
+                   served, "--out", "r", "--no-report", cwd=tmp_path)
+    assert said.code in JUDGED, said.all
+    assert_records_are_what_was_asked_for(tmp_path / "r")
+    run = frame.load(tmp_path / "r")
+    [judgement], records = run.judgements, kept(tmp_path / "r")
+    books = judgement.balance
+    assert books.requests == Tally(60, 60, 60)
+    assert books.output_tok == Tally(60 * 12, 60 * 12, 60 * 12)
+    prompt_tok = sum(r.prompt_tok or 0 for r in records)
+    assert books.prompt_tok == Tally(prompt_tok, prompt_tok, prompt_tok)
+    assert not {"token-count", "foreign-load", "no-usage", "no-telemetry"} & {
+        f.rule for f in judgement.findings}
 
 
 def test_a_model_that_is_not_served_is_refused(served: str, tmp_path: Path) -> None:
