@@ -63,8 +63,12 @@ class Client:
             self.clock.sync()
 
     async def open_connections(self, n: int) -> None:
-        """Opens connections until n are idle, so that no request pays for its handshake. Whatever
-        goes wrong here shows in the requests themselves."""
+        """Opens connections until n are idle, so that no request pays for its handshake. Those of
+        a leg before would be too old when this one takes them. Whatever goes wrong here shows in
+        the requests themselves."""
+        while self._idle and now_ns() - self._idle[0].idle_since_ns > _KEEPALIVE_NS // 2:
+            self._idle.popleft().close()
+
         async def one() -> None:
             try:
                 async with asyncio.timeout(_CONNECT_S):

@@ -510,6 +510,22 @@ def test_json_that_is_nested_without_end_ends_in_a_record(script: list[Step]) ->
     run(test())
 
 
+def test_connections_that_are_opened_ahead_replace_those_that_were_idle_for_long() -> None:
+    """Of a leg that ended some time ago: they would all be closed when the next one takes them."""
+    async def test() -> None:
+        async with (RawServer(lambda _: good()) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            await client.open_connections(3)
+            for connection in client._idle:
+                connection.idle_since_ns -= 3_800_000_000
+            await client.open_connections(3)
+            await asyncio.sleep(0.3)  # the leg's clock begins
+            records = await asyncio.gather(*(client.send(shot()) for _ in range(3)))
+            assert [r.connect_wait_ns for r in records] == [None] * 3
+            assert server.connections == 6
+    run(test())
+
+
 def test_a_bug_of_ours_is_raised_and_does_not_wait_for_ever(
         monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
