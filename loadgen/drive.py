@@ -152,8 +152,10 @@ class LegRun:
             self._give_up(error)
 
     def _give_up(self, error: BaseException) -> None:
-        self.error = self.error or error
-        self.cancel()
+        """Once: what is given up may meet the same error, and hundreds of them one in another."""
+        if self.error is None:
+            self.error = error
+            self.cancel()
 
     async def _slot(self, slot: int, slots: int) -> None:
         """A closed loop's slot. The first starts are spread over the warm-up: all at once would

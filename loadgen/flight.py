@@ -257,10 +257,16 @@ class Flight:
         self._fold()
         if self.bug is None:
             self._client.direct.ring()  # a start may be due meanwhile
-            record = self.recorder.end(self._ended_ns, self._failure, self._error)
-            if record.error is not None:
-                record.error = self._client.target.scrub(record.error)
-            self.record = record
+            try:
+                self.record = self._made(self._ended_ns)
+            except Exception as e:  # noqa: BLE001  (a bug of ours, as in `_fold`)
+                self.bug = e
             self._client.direct.ring()
         landed, self._landed = self._landed, None
         landed()
+
+    def _made(self, ended_ns: int) -> RequestRecord:
+        record = self.recorder.end(ended_ns, self._failure, self._error)
+        if record.error is not None:
+            record.error = self._client.target.scrub(record.error)
+        return record
