@@ -1,7 +1,6 @@
 """A vLLM that is launched: its command, and whole runs on a stand-in (`fake_vllm.py`). The real
 one is in test_vllm_real.py."""
 
-import os
 import re
 import signal
 import socket
@@ -230,7 +229,7 @@ def test_a_loadgen_that_is_killed_leaves_no_server_behind(tmp_path: Path, moment
 
 
 @pytest.mark.slow
-def test_serve_becomes_the_vllm(tmp_path: Path) -> None:
+def test_serve_runs_the_vllm_and_leaves_nobody_behind(tmp_path: Path) -> None:
     port = free_port()
     with start("serve", "vllm", *BY, "--port", str(port), cwd=tmp_path) as process:
         with socket.socket() as s:
@@ -240,7 +239,27 @@ def test_serve_becomes_the_vllm(tmp_path: Path) -> None:
         assert said.code in (cli.PASS, cli.INCONCLUSIVE), said.all
         assert RunFolder(tmp_path / "r").manifest().model == "/models/tiny"
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
-        for pid in processes_in(tmp_path):  # the stand-in's engine: nobody guards `serve`
-            os.kill(pid, signal.SIGKILL)
+        assert process.wait(20) == 0
         process.communicate()
+    nobody_left(tmp_path)  # nor the stand-in's engine, which hears no SIGTERM
+
+
+@pytest.mark.slow
+def test_a_serve_that_is_killed_leaves_no_engine_behind(tmp_path: Path) -> None:
+    port = free_port()
+    with start("serve", "vllm", *BY, "--port", str(port), cwd=tmp_path) as process:
+        with socket.socket() as s:
+            wait(lambda: s.connect_ex(("127.0.0.1", port)) == 0)
+        assert len(processes_in(tmp_path)) >= 4  # serve, guard, API server, engine
+        process.kill()
+        process.communicate()
+    wait(lambda: not processes_in(tmp_path), 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "code"), [
+    (["--die-as", "kv_too_small.log"], 1), (["--die-by", "9"], 137)])
+def test_serve_ends_as_the_server_did(tmp_path: Path, words: list[str], code: int) -> None:
+    said = loadgen("serve", "vllm", *BY, "--port", "0", "--", *words, cwd=tmp_path)
+    assert said.code == code, said.all
+    nobody_left(tmp_path)
