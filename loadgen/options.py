@@ -15,7 +15,7 @@ import msgspec
 from loadgen import scenario
 from loadgen.errors import ScenarioError
 from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, Slo, Trace
-from loadgen.target import target_of
+from loadgen.target import Trust, target_of
 
 
 def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Seconds | None:
@@ -86,6 +86,10 @@ class Group(click.Group):
         return super().parse_args(ctx, args[:at])
 
 
+_FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
+_TLS = ("ca_cert", "insecure", "cert", "key")
+
+
 def target_options(command: Any) -> Any:
     """Options that sweep and run share."""
     for option in reversed([
@@ -109,6 +113,13 @@ def target_options(command: Any) -> Any:
                      help="Another request header; may be repeated. Never written down."),
         click.option("--proxy", metavar="URL", help="An HTTP proxy on the way to --base-url; its "
                      "user and password may stand in the URL, and are never written down."),
+        click.option("--ca-cert", type=_FILE, metavar="FILE", help="Trust the authorities in this "
+                     "PEM file, and no others, for an https --base-url."),
+        click.option("--insecure", is_flag=True, help="Trust whoever answers at an https "
+                     "--base-url."),
+        click.option("--cert", type=_FILE, metavar="FILE", help="Our own certificate (PEM), for a "
+                     "server that wants one; with its key, or --key FILE beside it."),
+        click.option("--key", type=_FILE, metavar="FILE", help="The key of --cert."),
         click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
                      help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
                      "or vLLM's ttft:1000 in ms."),
@@ -152,7 +163,11 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
             raise click.UsageError(f"--base-url {options['base_url']!r}: write it with its scheme, "
                                    "as http://127.0.0.1:8000")
         target = target_of(options["base_url"], options["model"] or "")
-        return RemoteServer(msgspec.structs.replace(target, proxy=proxy_of(options["proxy"])))
+        return RemoteServer(msgspec.structs.replace(
+            target, proxy=proxy_of(options["proxy"]), trust=trust_of(options)))
+    if any(options[name] for name in _TLS):
+        raise click.UsageError("--ca-cert, --insecure, --cert and --key go with an https "
+                               "--base-url")
     if options["proxy"]:
         raise click.UsageError("--proxy goes with --base-url: a server that is started here is "
                                "asked directly")
@@ -162,6 +177,26 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
     from servers.sim.launch import SimServer  # noqa: PLC0415
 
     return SimServer(server_options, out / "server.log")
+
+
+def trust_of(options: dict[str, Any]) -> Trust:
+    """Of an https address. Raises UsageError."""
+    trust = Trust(*(options[name] for name in _TLS))
+    if trust == Trust():
+        return trust
+    from loadgen.dial import context_of  # noqa: PLC0415  (asyncio waits for the command)
+
+    if not options["base_url"].strip().startswith("https://"):
+        raise click.UsageError("--ca-cert, --insecure, --cert and --key go with an https "
+                               "--base-url")
+    if trust.key and not trust.cert:
+        raise click.UsageError("--key is the key of a --cert: give that, too")
+    try:
+        context_of(trust)
+    except OSError as e:
+        raise click.UsageError(f"--ca-cert, --cert and --key: not the PEM files that they should "
+                               f"be: {e}") from None
+    return trust
 
 
 def kind(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:

@@ -161,6 +161,15 @@ def test_facts_of_early_versions_of_v1_unrecorded() -> None:
         "max_model_len": 4096}
 
 
+def test_facts_of_a_start_with_two_data_parallel_engines() -> None:
+    """Each tells of its own cache, and one of them that there are two."""
+    found = vllm_log.facts(lines("start_0.32_dp2_cpu.log"))
+    assert (found["version"], found["data_parallel"]) == ("0.32.0", 2)
+    assert found["kv_cache_tok"] == 2 * 2_097_152
+    assert found["max_concurrency"] == 1024
+    assert found["max_num_seqs"] == 64
+
+
 def engine(who: str, tok: str, most: str) -> str:
     return (f"({who}) INFO 11-20 23:46:53 [kv_cache_utils.py:2177] GPU KV cache size: {tok} tokens,"
             f" Maximum concurrency for 4,096 tokens per request: {most}x")

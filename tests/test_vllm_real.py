@@ -243,7 +243,8 @@ def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
 
 @pytest.mark.parametrize(("flags", "cause"), [
     (["--max-model-len", "99999"], "max_model_len"),
-    (["--kv-cache-memory-bytes", "1000"], "No available memory for the cache blocks")])
+    (["--kv-cache-memory-bytes", "1000"], "No available memory for the cache blocks"),
+    (["--no-such-flag"], "unrecognized arguments: --no-such-flag")])
 def test_a_vllm_that_dies_at_its_start_is_exit_4_with_its_cause(
         model: Path, tmp_path: Path, flags: list[str], cause: str) -> None:
     env = {k: v for k, v in ENV.items() if k != "VLLM_CPU_KVCACHE_SPACE"}  # it goes over the flag
@@ -255,6 +256,38 @@ def test_a_vllm_that_dies_at_its_start_is_exit_4_with_its_cause(
     assert cause in first
     assert len(context) <= 10
     assert context[-1] == "  the whole log: r/server.log"
+
+
+def test_a_model_that_is_not_there_is_exit_4_with_the_cause(tmp_path: Path) -> None:
+    said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+                   "--out", "r", *launched(tmp_path / "nosuch"), cwd=tmp_path)
+    assert said.code == cli.DIED, said.all
+    first = said.err.splitlines()[0]
+    assert first.startswith("loadgen: the server died before it could serve: ")
+    assert str(tmp_path / "nosuch") in first
+
+
+def test_a_port_that_is_taken_is_exit_4_and_no_vllm_is_started(
+        model: Path, tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+                       "--out", "r", *launched(model, "--port", str(port)), cwd=tmp_path)
+    assert said.code == cli.DIED, said.all
+    assert said.err == (f"loadgen: cannot listen on 127.0.0.1:{port}: Address already in use; "
+                        "choose another port with -- --port N, or none\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_serve_that_is_killed_leaves_no_engine_behind(model: Path, tmp_path: Path) -> None:
+    with start("serve", "vllm", "--server-cmd", SERVE, "--model", str(model), "--port", "0", "--",
+               *FLAGS, cwd=tmp_path, env=ENV) as process:
+        wait(lambda: any("EngineCore" in x for x in processes_in(tmp_path).values()), START_S)
+        process.kill()
+        process.communicate()
+    wait(lambda: not processes_in(tmp_path), 20)
 
 
 def test_a_loadgen_that_is_killed_while_vllm_starts_leaves_nothing_behind(

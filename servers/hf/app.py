@@ -218,12 +218,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self._json(200, {})
+            self.whole(200, {})
         elif self.path == "/v1/models":
-            self._json(200, {"object": "list", "data": [
+            self.whole(200, {"object": "list", "data": [
                 {"id": self.server.model.name, "object": "model", "owned_by": "transformers"}]})
         else:
-            self._json(404, {"detail": "Not Found"})
+            self.whole(404, {"detail": "Not Found"})
 
     def do_POST(self) -> None:
         self._begun = False  # a status line went out
@@ -238,9 +238,9 @@ class Handler(BaseHTTPRequestHandler):
                     self.server.leave()
             elif self.path == "/tokenize":
                 ids = self.server.model.prompt(body, "messages" in body)
-                self._json(200, {"count": len(ids), "max_model_len": self.server.model.longest})
+                self.whole(200, {"count": len(ids), "max_model_len": self.server.model.longest})
             else:
-                self._json(404, {"detail": "Not Found"})
+                self.whole(404, {"detail": "Not Found"})
         except Refused as e:
             problem = 400, "BadRequestError", str(e)
         except OSError:  # the client has left
@@ -269,7 +269,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.event(error)
                 self.done()
             else:
-                self._json(status, error)
+                self.whole(status, error)
 
     def event(self, value: object) -> None:
         """One event, in a chunk; the head goes with the first."""
@@ -303,7 +303,7 @@ class Handler(BaseHTTPRequestHandler):
                           f"`{self.server.model.name}`")
         return body
 
-    def _json(self, status: int, value: object) -> None:
+    def whole(self, status: int, value: object) -> None:
         self._begun = True
         data = json.dumps(value).encode()
         self.send_response(status)
@@ -330,6 +330,7 @@ class Answer:
     def give(self) -> None:
         ids = self._model.prompt(self._body, self._chat)
         wanted = wanted_of(self._body, self._model.longest - len(ids))
+        self._most: int = wanted["max_new_tokens"]
         streamer = Streamer(self._token)
         self._model.generate(ids, wanted, streamer)
         reason = "stop" if streamer.last in self._model.eos else "length"
@@ -339,10 +340,11 @@ class Answer:
             text = "".join(self._told)
             what = {"message": {"role": "assistant", "content": text}} if self._chat else {
                 "text": text}
-            self._handler._json(200, self._envelope([
+            self._handler.whole(200, self._envelope([
                 {"index": 0, **what, "finish_reason": reason}], "") | {"usage": usage})
             return
-        self._choice({} if self._chat else "", reason)
+        if reason == "stop":  # a length was told with the last token
+            self._choice({} if self._chat else "", reason)
         if (self._body.get("stream_options") or {}).get("include_usage"):
             self._handler.event(self._envelope([]) | {"usage": usage})
         self._handler.done()
@@ -351,11 +353,13 @@ class Answer:
         """Told by `generate`. Raises OSError if the client has left, which ends it."""
         first = not self._told
         self._told.append(self._texts.add(token))
-        if not self._stream or token in self._model.eos:
+        if not self._stream:
             return
         if first and self._chat:
             self._choice({"role": "assistant", "content": ""})
-        self._choice({"content": self._told[-1]} if self._chat else self._told[-1])
+        if token not in self._model.eos:
+            last = "length" if len(self._told) == self._most else None
+            self._choice({"content": self._told[-1]} if self._chat else self._told[-1], last)
 
     def _choice(self, what: object, reason: str | None = None) -> None:
         self._handler.event(self._envelope([{
