@@ -1,9 +1,9 @@
 """The command line's options: what several commands share, and what their words mean."""
 
+import importlib.util
 import math
 import os
 import re
-import runpy
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,7 +228,15 @@ def launched_of(kind: str, model: str | None, server_options: Sequence[str], log
 
 def _class_in(path: Path) -> Any:
     """The class Server of a user's file. Raises ScenarioError."""
-    found = runpy.run_path(str(path)).get("Server")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # it ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise ScenarioError(f"{path}: cannot be loaded: {type(e).__name__}: {e}") from e
+    found = getattr(module, "Server", None)
     if found is None:
         raise ScenarioError(f"{path}: has no class Server; README, \"Kinds of servers\", has one")
     return found

@@ -2,6 +2,7 @@
 what stands after `--`, and what is known of the server once it serves; the rest is here."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,6 +89,15 @@ class LaunchedServer:
             raise ScenarioError(f"--server {self.kind}: --port {asked}: a number from 0 (any free "
                                 "one) to 65535")
         return int(asked)
+
+
+def program(name: str) -> str:
+    """Its path. Raises ScenarioError."""
+    found = shutil.which(name)
+    if found is None:
+        raise ScenarioError(f"there is no program {name!r} on PATH: install it, or say how it is "
+                            "started, as --server-cmd \"/path/to/it\"")
+    return found
 
 
 def without(options: Sequence[str], *names: str) -> list[str]:

@@ -6,7 +6,6 @@ temperature and top_p where the model's own default is not to sample."""
 
 import importlib.util
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from loadgen.errors import ScenarioError
 from loadgen.target import Target
 from servers import gpus
 from servers.base import option
-from servers.launched import LaunchedServer, without
+from servers.launched import LaunchedServer, program, without
 from servers.vllm_log import model_config
 
 APP = Path(__file__).with_name("hf") / "app.py"
@@ -32,7 +31,7 @@ class TransformersServer(LaunchedServer):
         rest = [self.model, "--host", self.host, "--port", str(self.port),
                 *without(self.options, "--host", "--port")]
         if instead and not _is_python(instead):
-            return [_program(instead[0]), *instead[1:], *rest,
+            return [program(instead[0]), *instead[1:], *rest,
                     *([] if option(self.options, "--dtype") else ["--dtype", "bfloat16"])]
         if not instead and importlib.util.find_spec("transformers") is None:
             raise ScenarioError(
@@ -40,7 +39,7 @@ class TransformersServer(LaunchedServer):
                 "one that has, as --server-cmd /path/to/venv/bin/python")
         name = option(self.options, "--served-model-name") or self.model
         self.target = Target(self.target.base_url, name)
-        python = [_program(instead[0]), *instead[1:]] if instead else [sys.executable]
+        python = [program(instead[0]), *instead[1:]] if instead else [sys.executable]
         return [*python, str(APP), *rest]
 
     def learned(self, log: list[str]) -> dict[str, Any]:
@@ -53,10 +52,3 @@ class TransformersServer(LaunchedServer):
 
 def _is_python(words: list[str]) -> bool:
     return Path(words[0]).name.startswith("python") and all(x.startswith("-") for x in words[1:])
-
-
-def _program(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise ScenarioError(f"--server-cmd: there is no program {name!r}")
-    return found

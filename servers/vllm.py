@@ -14,7 +14,7 @@ from loadgen.errors import ScenarioError
 from loadgen.target import HIDDEN, SECRET_FLAG, Target, without_secrets
 from servers import gpus, vllm_log
 from servers.base import option
-from servers.launched import LaunchedServer, without
+from servers.launched import LaunchedServer, program, without
 
 _REFUSED = {
     "--uds": "it is loaded over TCP: give --host and --port",
@@ -68,10 +68,7 @@ def _words(command: Sequence[str]) -> list[str]:
                 f"there is no vllm on PATH, nor in {beside.parent}: pip install vllm, or say how "
                 "it is started, as --server-cmd \"/path/to/vllm serve\"")
         return [found, "serve"]
-    found = shutil.which(command[0])
-    if found is None:
-        raise ScenarioError(f"--server-cmd: there is no program {command[0]!r}")
-    return [found, *command[1:]]
+    return [program(command[0]), *command[1:]]
 
 
 def _checked(options: Sequence[str]) -> list[str]:
@@ -96,14 +93,18 @@ def _environment() -> dict[str, str]:
 
 
 def _cache_config(base_url: str) -> dict[str, Any]:
-    """What only /metrics says: the block size that vLLM chose, and how many there are."""
+    """What only /metrics says: the block size that vLLM chose, and how many there are, in all
+    engines together."""
     try:
         with urllib.request.urlopen(f"{base_url}/metrics", timeout=2) as answer:
             text = answer.read().decode(errors="replace")
     except (urllib.error.URLError, OSError, ValueError):
         return {}
-    info = re.search(r"^vllm:cache_config_info\{(.*)\}", text, re.MULTILINE)
-    said = dict(re.findall(r'(\w+)="([^"]*)"', info[1] if info else ""))
-    return {name: int(said[key]) for key, name in (
-        ("block_size", "block_size"), ("num_gpu_blocks", "kv_cache_blocks"))
-        if said.get(key, "").isdecimal()}
+    engines = [dict(re.findall(r'(\w+)="([^"]*)"', line)) for line in re.findall(
+        r"^vllm:cache_config_info\{(.*)\}", text, re.MULTILINE)]
+    found = {}
+    for key, name in (("block_size", "block_size"), ("num_gpu_blocks", "kv_cache_blocks")):
+        said = [int(x[key]) for x in engines if x.get(key, "").isdecimal()]
+        if said:
+            found[name] = sum(said) if name == "kv_cache_blocks" else said[0]
+    return found

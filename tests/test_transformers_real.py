@@ -3,6 +3,7 @@ that tests/vllm/install.sh installs, or of $LOADGEN_TEST_TRANSFORMERS. Models ar
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,11 +191,10 @@ def test_what_it_cannot_do_is_refused_in_words(
 
 
 def test_a_client_that_leaves_ends_its_answer(served: Served) -> None:
-    with pytest.raises(TimeoutError):
-        urllib.request.urlopen(urllib.request.Request(
-            served.url + "/v1/completions", json.dumps(
-                {"prompt": "Hi", "max_tokens": 8000, "stream": True, **ENDLESS}).encode()),
-            timeout=5).read()
+    body = {"prompt": "Hi", "max_tokens": 8000, "stream": True, **ENDLESS}
+    with urllib.request.urlopen(urllib.request.Request(
+            served.url + "/v1/completions", json.dumps(body).encode()), timeout=60) as answer:
+        assert answer.readline().startswith(b"data: ")
     time.sleep(1)
     before = served.process.cpu_times()
     time.sleep(2)
@@ -203,6 +203,10 @@ def test_a_client_that_leaves_ends_its_answer(served: Served) -> None:
 
 
 # ---------------------------------------------------------------------------------- out of memory
+
+
+def is_told(error: str) -> bool:
+    return any(x in error for x in ("can't allocate memory", "out of memory", "MemoryError"))
 
 
 def at_once(it: Served, n: int) -> list[tuple[int, bytes]]:
@@ -223,9 +227,11 @@ def test_too_many_at_once_run_out_of_real_memory_and_the_server_goes_on(tight: S
     failed = [json.loads(body)["error"] for status, body in answers if status == 500]
     assert len(failed) >= 8
     assert {e["type"] for e in failed} == {"OutOfMemoryError"}
-    assert all("can't allocate memory" in e["message"] for e in failed)
+    assert any("can't allocate memory" in e["message"] for e in failed)
+    assert all(is_told(e["message"]) for e in failed)
+    assert all(status == 200 for status, _ in answers if status != 500)
     log = tight.log.read_text()
-    assert "out of memory while 16 requests were generating" in log
+    assert re.search(r"out of memory while \d+ requests were generating: RuntimeError", log)
     assert tight.server.alive() is None
     assert [status for status, _ in at_once(tight, 2)] == [200, 200]
 
@@ -239,7 +245,7 @@ def test_a_run_beyond_its_memory_tells_so_in_its_records(tight: Served, tmp_path
     records = kept(tmp_path / "r")
     failed = [r for r in records if r.outcome is Outcome.HTTP_ERROR]
     assert failed
-    assert all("can't allocate memory" in (r.error or "") for r in failed)
+    assert all(is_told(r.error or "") for r in failed)
     assert {r.outcome for r in records} <= {Outcome.OK, Outcome.HTTP_ERROR,
                                             Outcome.SERVER_ERROR_EVENT}
 

@@ -40,6 +40,12 @@ _SPENT = ("out of memory", "can't allocate memory", "cannot allocate memory",
           "can't start new thread")
 
 
+_NO_ROOM = (b'HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n'
+            b'Content-Length: 122\r\nConnection: close\r\n\r\n'
+            b'{"error":{"message":"out of memory: not even room to read the request",'
+            b'"type":"OutOfMemoryError","param":null,"code":500}}')
+
+
 class Refused(ValueError):
     """A request that cannot be answered, in words for its sender."""
 
@@ -171,6 +177,8 @@ def _loaded(options: argparse.Namespace, trust: dict[str, Any]) -> Any:
     if options.load_format == "dummy":  # the shape with random weights
         config = transformers.AutoConfig.from_pretrained(options.model)
         model = auto.from_config(config, dtype=dtype, **trust)
+        with contextlib.suppress(OSError):  # where it ends, and its sampling
+            model.generation_config = transformers.GenerationConfig.from_pretrained(options.model)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():  # over all of them
         return auto.from_pretrained(options.model, dtype=dtype,
@@ -188,7 +196,7 @@ def wanted_of(body: dict[str, Any], room_tok: int) -> dict[str, Any]:
     try:
         asked = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_TOK
         wanted: dict[str, Any] = {"max_new_tokens": int(asked)}
-        given = {k: type(body[k]) is not str and as_(body[k]) for k, as_ in (
+        given = {k: as_(0 + body[k]) for k, as_ in (  # 0 +: a text is no number
             ("temperature", float), ("top_p", float), ("top_k", int),
             ("repetition_penalty", float)) if body.get(k) is not None}
     except (TypeError, ValueError) as e:
@@ -389,10 +397,15 @@ class App(ThreadingHTTPServer):
             self.running -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Of a connection: no thread for it, or it broke."""
+        """Of a connection: no memory for its thread or its first bytes, or it broke."""
         error = sys.exc_info()[1]
         if isinstance(error, Exception) and is_memory(error):
-            say("ERROR", f"out of memory while {self.running} requests were generating: {error}")
+            say("ERROR", f"out of memory while {self.running} requests were generating: "
+                         f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):
+                request.settimeout(1)
+                request.recv(2**16)  # what is closed with bytes unread is reset
+                request.sendall(_NO_ROOM)
 
 
 # ------------------------------------------------------------------------------------- the start
