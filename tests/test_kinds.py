@@ -16,8 +16,7 @@ from loadgen.record import Outcome
 from loadgen.store import RunFolder
 from servers.launched import LaunchedServer, without
 from servers.transformers import APP, TransformersServer
-from tests.test_cli import loadgen
-from tests.test_end_to_end import kept, processes_in, wait
+from tests.real import kept, loadgen, processes_in, wait
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

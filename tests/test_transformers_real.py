@@ -25,9 +25,8 @@ from loadgen.sse import SseParser
 from loadgen.store import RunFolder
 from servers.base import free_port
 from servers.transformers import TransformersServer
-from tests import test_cli
-from tests.test_cli import Said
-from tests.test_end_to_end import kept, processes_in, wait
+from tests import real
+from tests.real import Said, kept, processes_in, wait
 from tests.test_vllm_real import NEEDED, TINY, VLLM
 
 PYTHON = Path(os.environ.get("LOADGEN_TEST_TRANSFORMERS") or VLLM.with_name("python"))
@@ -254,7 +253,7 @@ def test_a_run_beyond_its_memory_tells_so_in_its_records(tight: Served, tmp_path
 
 
 def loadgen(*words: str, cwd: Path) -> Said:
-    said = test_cli.loadgen(*words, cwd=cwd, env=ENV, timeout=2 * START_S)
+    said = real.loadgen(*words, cwd=cwd, env=ENV, timeout=2 * START_S)
     assert "Traceback" not in said.all, said.all
     return said
 
@@ -305,7 +304,7 @@ def test_a_model_that_is_not_there_is_exit_4_with_the_cause(tmp_path: Path) -> N
 
 def test_a_serve_that_is_killed_leaves_no_app_behind(tiny: Path, tmp_path: Path) -> None:
     port = free_port()
-    with test_cli.start("serve", "transformers", "--model", str(tiny), "--server-cmd", str(PYTHON),
+    with real.start("serve", "transformers", "--model", str(tiny), "--server-cmd", str(PYTHON),
                         "--port", str(port), "--", "--load-format", "dummy", cwd=tmp_path,
                         env=ENV) as process:
         wait(lambda: any("app.py" in x and "guard" not in x

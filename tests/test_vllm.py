@@ -1,10 +1,13 @@
 """A vLLM that is launched: its command, and whole runs on a stand-in (`fake_vllm.py`). The real
 one is in test_vllm_real.py."""
 
+import http.server
+import json
 import re
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from loadgen import cli
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.store import RunFolder
 from servers.base import free_port
-from servers.vllm import VllmServer, _environment
+from servers.vllm import VllmServer, _environment, _scheduler_config
 from tests.real import Said, endings, kept, loadgen, processes_in, running, start, wait
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_vllm.py"))]
@@ -56,8 +59,39 @@ def test_a_key_is_used_and_stands_in_no_command(options: list[str]) -> None:
     assert made.target.headers == {"Authorization": "Bearer sk-1"}
     assert "sk-" not in " ".join(made.command)
     assert made.command[-1] == "--enforce-eager"
-    assert made.env == {"VLLM_API_KEY": "sk-1"}
+    assert made.env["VLLM_API_KEY"] == "sk-1"
     assert "sk-1" not in str(made.facts())
+
+
+def test_only_a_vllm_that_nobody_else_reaches_is_in_dev_mode(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server().env == {"VLLM_SERVER_DEV_MODE": "1"}
+    assert server("--host", "0.0.0.0").env == {}
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
+    assert server().env == {"VLLM_SERVER_DEV_MODE": "0"}
+
+
+@pytest.mark.parametrize(("answer", "facts"), [
+    ({"vllm_config": {"scheduler_config": {"max_num_seqs": 256, "max_num_batched_tokens": 2048}}},
+     {"max_num_seqs": 256, "max_num_batched_tokens": 2048}),
+    ({"vllm_config": {"scheduler_config": {"max_num_seqs": None}}}, {}),
+    ({"vllm_config": "text"}, {}), ([], {}), (None, {})])
+def test_what_vllm_chose_itself_is_asked_for(answer: object, facts: dict[str, int]) -> None:
+    class Info(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = answer is not None and self.path == "/server_info?config_format=json"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode() if known else b"")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Info) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        assert _scheduler_config(f"http://127.0.0.1:{it.server_port}") == facts
+        it.shutdown()
+    assert _scheduler_config(f"http://127.0.0.1:{it.server_port}") == {}
 
 
 def test_a_key_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,9 +211,10 @@ def test_a_sweep_launches_a_vllm_and_another_one_after_its_worker_was_killed(
 
 def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
         model: Path, tmp_path: Path) -> None:
+    words = launched(model, "--api-key", "sk-secret")
+    at = words.index("--max-num-seqs")  # without it vLLM chooses, and has to be asked
     with start("run", str(TINY / "tiny.toml"), "--concurrency", "2", "--duration", "60s", "--out",
-               "r", *launched(model, "--api-key", "sk-secret"), cwd=tmp_path,
-               env=ENV) as process:
+               "r", *words[:at], *words[at + 2:], cwd=tmp_path, env=ENV) as process:
         wait(running(tmp_path / "r", 10), START_S)
         engine = psutil.Process(pid_of(tmp_path, "VLLM::EngineCore"))
         worker = psutil.Process(pid_of(tmp_path, "VLLM::Worker"))
@@ -230,7 +231,9 @@ def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", str(facts["version"]))
     assert facts["dtype"] == "bfloat16"
     assert facts["max_model_len"] == 4096
-    assert facts["max_num_seqs"] == 64
+    assert int(str(facts["max_num_seqs"])) > 64
+    assert int(str(facts["max_num_batched_tokens"])) > 1000
+    assert (facts["gpus"], facts["driver"]) == (None, None)
     assert facts["tensor_parallel"] == 1
     assert facts["block_size"] == 128
     assert facts["kv_cache_tok"] == 128 * int(str(facts["kv_cache_blocks"]))
@@ -243,8 +246,7 @@ def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
 
 @pytest.mark.parametrize(("flags", "cause"), [
     (["--max-model-len", "99999"], "max_model_len"),
-    (["--kv-cache-memory-bytes", "1000"], "No available memory for the cache blocks"),
-    (["--no-such-flag"], "unrecognized arguments: --no-such-flag")])
+    (["--kv-cache-memory-bytes", "1000"], "No available memory for the cache blocks")])
 def test_a_vllm_that_dies_at_its_start_is_exit_4_with_its_cause(
         model: Path, tmp_path: Path, flags: list[str], cause: str) -> None:
     env = {k: v for k, v in ENV.items() if k != "VLLM_CPU_KVCACHE_SPACE"}  # it goes over the flag
@@ -256,6 +258,15 @@ def test_a_vllm_that_dies_at_its_start_is_exit_4_with_its_cause(
     assert cause in first
     assert len(context) <= 10
     assert context[-1] == "  the whole log: r/server.log"
+
+
+def test_a_flag_that_vllm_does_not_know_is_exit_4_in_its_words(
+        model: Path, tmp_path: Path) -> None:
+    said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+                   "--out", "r", *launched(model, "--no-such-flag"), cwd=tmp_path)
+    assert said.code == cli.DIED, said.all
+    assert said.err.splitlines()[0].endswith(
+        "exited with code 2; log: vllm: error: unrecognized arguments: --no-such-flag"), said.err
 
 
 def test_a_model_that_is_not_there_is_exit_4_with_the_cause(tmp_path: Path) -> None:
