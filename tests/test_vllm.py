@@ -94,6 +94,31 @@ def test_what_vllm_chose_itself_is_asked_for(answer: object, facts: dict[str, in
     assert _scheduler_config(f"http://127.0.0.1:{it.server_port}") == {}
 
 
+START = ["(APIServer pid=1) INFO:     Application startup complete.",
+         "(EngineCore pid=2) INFO 11-21 10:00:00 [core.py:133] Initializing a V1 LLM engine (v0.32.0) "
+         "with config: model='m', tensor_parallel_size=2, pipeline_parallel_size=1, data_parallel_size=1, quantization={}"]
+
+
+@pytest.mark.parametrize(("config", "flags", "log", "named"), [
+    (None, [], "None", None), ("awq", [], "None", "awq"), ("awq", [], "awq_marlin", "awq_marlin"),
+    (None, ["-q", "gptq"], "None", "gptq"), ("gptq", ["--quantization=gptq"], "gptq", "gptq")])
+def test_the_quantisation_is_named_by_log_or_flag_or_config(
+        tmp_path: Path, config: str | None, flags: list[str], log: str,
+        named: str | None) -> None:
+    quantized = {"quantization_config": {"quant_method": config}} if config else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **quantized}))
+    made = server(*flags, "--max-num-seqs", "8", model=str(tmp_path))
+    found = made.learned([*START[:1], START[1].format(log)])
+    assert found.get("quantization") == named
+    assert found["tensor_parallel"] == 2
+    assert found["model_config"]["model_type"] == "qwen2"
+    assert {"gpus", "driver"} <= set(found)
+
+
+def test_nothing_is_learned_before_it_serves() -> None:
+    assert server().learned(START[1:]) == {}
+
+
 def test_a_key_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "sk-3")
     assert server().target.headers == {"Authorization": "Bearer sk-3"}
