@@ -30,7 +30,8 @@ class LaunchedServer:
         if not model:
             raise ScenarioError(f"--server {self.kind}: give --model, the folder or name that it "
                                 "serves")
-        self.model, self.options, self._log = model, list(options), log
+        self.model, self._log = model, log
+        self.options = without(options, "--host", "--port")
         self.env: dict[str, str] = {}
         self.host = option(options, "--host") or "127.0.0.1"
         self.port = self._port(option(options, "--port"))  # kept over restarts

@@ -14,7 +14,7 @@ from loadgen.errors import ScenarioError
 from loadgen.target import Target
 from servers import gpus
 from servers.base import option
-from servers.launched import LaunchedServer, program, without
+from servers.launched import LaunchedServer, program
 from servers.vllm_log import model_config
 
 APP = Path(__file__).with_name("hf") / "app.py"
@@ -29,7 +29,7 @@ class TransformersServer(LaunchedServer):
 
     def words(self, instead: list[str]) -> list[str]:
         rest = [self.model, "--host", self.host, "--port", str(self.port),
-                *without(self.options, "--host", "--port")]
+                *self.options]
         if instead and not _is_python(instead):
             return [program(instead[0]), *instead[1:], *rest,
                     *([] if option(self.options, "--dtype") else ["--dtype", "bfloat16"])]

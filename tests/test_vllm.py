@@ -95,8 +95,9 @@ def test_what_vllm_chose_itself_is_asked_for(answer: object, facts: dict[str, in
 
 
 START = ["(APIServer pid=1) INFO:     Application startup complete.",
-         "(EngineCore pid=2) INFO 11-21 10:00:00 [core.py:133] Initializing a V1 LLM engine (v0.32.0) "
-         "with config: model='m', tensor_parallel_size=2, pipeline_parallel_size=1, data_parallel_size=1, quantization={}"]
+         "(EngineCore pid=2) INFO 11-21 10:00:00 [core.py:133] Initializing a V1 LLM engine "
+         "(v0.32.0) with config: model='m', tensor_parallel_size=2, pipeline_parallel_size=1, "
+         "data_parallel_size=1, quantization={}"]
 
 
 @pytest.mark.parametrize(("config", "flags", "log", "named"), [
