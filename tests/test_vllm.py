@@ -1,6 +1,7 @@
 """A vLLM that is launched: its command, and whole runs on a stand-in (`fake_vllm.py`). The real
 one is in test_vllm_real.py."""
 
+import contextlib
 import http.server
 import json
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from loadgen import cli
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.store import RunFolder
 from servers.base import free_port
-from servers.vllm import VllmServer, _environment, _scheduler_config
+from servers.vllm import VllmServer, _cache_config, _environment, _scheduler_config
 from tests.real import Said, endings, kept, loadgen, processes_in, running, start, wait
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_vllm.py"))]
@@ -63,6 +65,24 @@ def test_a_key_is_used_and_stands_in_no_command(options: list[str]) -> None:
     assert "sk-1" not in str(made.facts())
 
 
+@contextlib.contextmanager
+def saying(answers: dict[str, str]) -> Iterator[str]:
+    """A server that knows these paths; its URL."""
+    class Info(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path in answers else 404)
+            self.end_headers()
+            self.wfile.write(answers.get(self.path, "").encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Info) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{it.server_port}"
+        it.shutdown()
+
+
 def test_only_a_vllm_that_nobody_else_reaches_is_in_dev_mode(
         monkeypatch: pytest.MonkeyPatch) -> None:
     assert server().env == {"VLLM_SERVER_DEV_MODE": "1"}
@@ -77,21 +97,20 @@ def test_only_a_vllm_that_nobody_else_reaches_is_in_dev_mode(
     ({"vllm_config": {"scheduler_config": {"max_num_seqs": None}}}, {}),
     ({"vllm_config": "text"}, {}), ([], {}), (None, {})])
 def test_what_vllm_chose_itself_is_asked_for(answer: object, facts: dict[str, int]) -> None:
-    class Info(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            known = answer is not None and self.path == "/server_info?config_format=json"
-            self.send_response(200 if known else 404)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode() if known else b"")
+    said = {} if answer is None else {"/server_info?config_format=json": json.dumps(answer)}
+    with saying(said) as url:
+        assert _scheduler_config(url) == facts
+    assert _scheduler_config(url) == {}
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Info) as it:
-        threading.Thread(target=it.serve_forever, daemon=True).start()
-        assert _scheduler_config(f"http://127.0.0.1:{it.server_port}") == facts
-        it.shutdown()
-    assert _scheduler_config(f"http://127.0.0.1:{it.server_port}") == {}
+def test_blocks_of_all_engines_are_added_up() -> None:
+    lines = [f'vllm:cache_config_info{{block_size="128",engine="{n}",num_gpu_blocks="{blocks}"}} 1'
+             for n, blocks in enumerate((500, 484))]
+    with saying({"/metrics": "\n".join(["# HELP x", *lines, "vllm:x 1"])}) as url:
+        assert _cache_config(url) == {"block_size": 128, "kv_cache_blocks": 984}
+    with saying({"/metrics": lines[0].replace("500", "None")}) as url:
+        assert _cache_config(url) == {"block_size": 128}
+    assert _cache_config(url) == {}
 
 
 START = ["(APIServer pid=1) INFO:     Application startup complete.",

@@ -53,7 +53,8 @@ class Refused(ValueError):
 def is_memory(error: BaseException) -> bool:
     """Whether memory ran out: CUDA's, or the host's, which PyTorch tells as a RuntimeError."""
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(x in str(error).lower() for x in _SPENT))
+        isinstance(error, RuntimeError | OSError)
+        and any(x in str(error).lower() for x in _SPENT))
 
 
 def say(level: str, text: str) -> None:
@@ -251,10 +252,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.whole(404, {"detail": "Not Found"})
         except Refused as e:
             problem = 400, "BadRequestError", str(e)
-        except OSError:  # the client has left
-            self.close_connection = True
         except Exception as e:  # noqa: BLE001  (whatever it is, client and log are told)
-            problem = 500, self._note(e), f"{e}" or type(e).__name__
+            if isinstance(e, OSError) and not is_memory(e):  # but a client that has left
+                self.close_connection = True
+            else:
+                problem = 500, self._note(e), f"{e}" or type(e).__name__
         if problem is not None:  # by now nothing holds the tensors of the one that failed
             self.fail(*problem)
 
