@@ -23,11 +23,12 @@ from loadgen.leg import Leg
 from loadgen.options import (
     WORDS,
     Group,
-    command_of,
     duration,
     finite,
     headers_of,
-    launches_vllm,
+    kind,
+    launched_of,
+    launches,
     levels_of,
     load_of,
     processes_of,
@@ -175,14 +176,15 @@ def report(folder: Path, slos: tuple[str, ...], html: bool) -> None:
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(["sim", "vllm"]))
+@click.argument("kind", callback=kind, metavar="KIND")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--model", help="The folder or name that a vLLM serves.")
-@click.option("--server-cmd", metavar="COMMAND", help="Words that stand in for `vllm serve`.")
+@click.option("--model", help="The folder or name that it serves; not of the simulator.")
+@click.option("--server-cmd", metavar="COMMAND", help="Words that stand in for `vllm serve`; with "
+              "transformers the Python that has it.")
 @click.pass_obj
 def serve(server_options: tuple[str, ...], /, kind: str, port: int, model: str | None,
           server_cmd: str | None) -> None:
-    """Run a server in the foreground, without loading it.
+    """Run a server in the foreground, without loading it: sim, vllm, transformers, FILE.py.
 
     \b
     loadgen serve sim --port 8000 -- --gpu 4090d --model qwen2.5-7b
@@ -190,19 +192,19 @@ def serve(server_options: tuple[str, ...], /, kind: str, port: int, model: str |
     """
     import os  # noqa: PLC0415
 
-    given = ["--port", str(port), *server_options]
-    if kind == "vllm":
-        from servers.vllm import VllmServer  # noqa: PLC0415
+    from servers.launched import foreground  # noqa: PLC0415
 
-        server = VllmServer(model, given, Path(os.devnull), command_of(server_cmd))
-        command, env = server.command, {**os.environ, **server.env}
+    given = ["--port", str(port), *server_options]
+    if kind != "sim":
+        server = launched_of(kind, model, given, Path(os.devnull), server_cmd)
+        command, env = server.command, server.env
     elif model or server_cmd:
-        raise click.UsageError("--model and --server-cmd are for a vLLM; the simulator's options "
-                               "follow `--`, as -- --model qwen2.5-7b")
+        raise click.UsageError("--model and --server-cmd are for servers of models; the "
+                               "simulator's options follow `--`, as -- --model qwen2.5-7b")
     else:
-        command, env = [sys.executable, "-m", "servers.sim", *given], dict(os.environ)
+        command, env = [sys.executable, "-m", "servers.sim", *given], {}
     sys.stdout.flush()
-    os.execve(command[0], command, env)
+    raise SystemExit(foreground(command, env))
 
 
 @main.command()
@@ -330,7 +332,7 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     session = Session(
         scenario=chosen, server=server_of(options, server_options, out), out=out,
         criteria=Criteria(target=options["target"], calibration=found.calibration), seed=seed,
-        model=None if launches_vllm(options) else options["model"],
+        model=None if launches(options) else options["model"],
         headers=headers_of(options), processes=processes_of(
             options["processes"], *most, options["base_url"]),
         command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"],

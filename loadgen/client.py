@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from loadgen import __version__, net, openai, stamps
 from loadgen.connection import Connection, Tally
-from loadgen.dial import connect, proxy_header
+from loadgen.dial import connect, context_of, proxy_header
 from loadgen.flight import Flight
 from loadgen.net import now_ns
 from loadgen.record import RequestRecord, Shot
@@ -195,7 +195,7 @@ class Client:
 
     @functools.cached_property
     def _context(self) -> ssl.SSLContext | None:
-        return ssl.create_default_context() if self._url.scheme == "https" else None
+        return context_of(self.target.trust) if self._url.scheme == "https" else None
 
     def _forget(self, connection: Connection) -> None:
         """An idle connection was closed by the server."""

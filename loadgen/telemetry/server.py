@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import aiohttp
 
+from loadgen.dial import context_of
 from loadgen.store import Row
 from loadgen.target import Target
 
@@ -70,7 +71,11 @@ async def once(target: Target) -> list[Row]:
 def _session(target: Target, total_s: float) -> aiohttp.ClientSession:
     headers = {k: v for k, v in target.headers.items() if k.lower() == "authorization"}
     return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=total_s), headers=headers,
-                                 proxy=target.proxy)
+                                 proxy=target.proxy, connector=_connector(target))
+
+
+def _connector(target: Target) -> aiohttp.TCPConnector:
+    return aiohttp.TCPConnector(ssl=context_of(target.trust))
 
 
 async def watch(target: Target, keep: Callable[[list[Row]], None], simulated: bool) -> None:
@@ -105,7 +110,8 @@ async def is_healthy(target: Target) -> str | None:
     by answering at all."""
     try:
         async with (aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=5.0), proxy=target.proxy) as session,
+                timeout=aiohttp.ClientTimeout(total=5.0), proxy=target.proxy,
+                connector=_connector(target)) as session,
                     session.get(target.base_url + "/health") as answer):
             return f"/health says {answer.status}" if answer.status >= 500 else None
     except TimeoutError:
