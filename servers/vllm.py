@@ -69,6 +69,10 @@ class VllmServer:
         self._facts = {}
         return self.target
 
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
     def alive(self) -> str | None:
         return self._process.died() if self._process else "it was not started"
 
