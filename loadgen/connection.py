@@ -149,6 +149,7 @@ class Connection:
             self._kept_stamps += ancillary[0][2]
             self._size += len(data)
             if self._size > _MUCH and self._sink is not None:
+                self._tally.full_reads += len(data) == READ_BYTES  # which is more than _MUCH
                 self._size = 0
                 self._sink.more()
         elif self.catch_up():

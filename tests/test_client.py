@@ -187,6 +187,21 @@ def test_a_body_that_is_kept_open_is_noticed_behind_any_backlog() -> None:
     run(test())
 
 
+def test_full_reads_are_counted_also_where_they_end_with_an_event() -> None:
+    """As all do, if events have one length that divides a read's."""
+    one = token("x" * (256 - len(token(""))))
+    assert len(one) == 256
+
+    async def test() -> None:
+        script: Script = [HEAD + role(), 0.1, one * 4096, finish() + usage(4096) + DONE + LAST]
+        async with (RawServer(lambda _: script) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            r = await client.send(shot())
+            assert (r.outcome, r.n_events) == (Outcome.OK, 4096)
+            assert client.tally.full_reads > 0
+    run(test())
+
+
 @pytest.mark.parametrize("cut", [1, 7, 64])
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 def test_events_cut_at_any_byte_give_the_same_record(cut: int, newline: bytes) -> None:
