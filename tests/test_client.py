@@ -170,6 +170,17 @@ def test_a_server_that_keeps_the_body_open_does_not_delay_the_end() -> None:
     assert now_ns() - before_ns < 8_000_000_000
 
 
+def test_a_body_that_is_kept_open_is_noticed_where_lines_end_with_crlf() -> None:
+    """As sse-starlette writes them."""
+    events = [b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":"stop"}]}',
+              b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}',
+              b"data: [DONE]"]
+    before_ns = now_ns()
+    r = answer([HEAD + b"".join(chunk(x + b"\r\n\r\n") for x in events), HOLD])
+    assert (r.outcome, r.n_events) == (Outcome.OK, 1)
+    assert now_ns() - before_ns < 8_000_000_000
+
+
 def test_a_body_that_is_kept_open_is_noticed_behind_any_backlog() -> None:
     """The whole answer is there before the client comes to set its deadline."""
     async def test() -> None:
