@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from loadgen import net, stamps
-from loadgen.connection import Connection, Tally
+from loadgen.connection import DONE, Connection, Tally
 from loadgen.deadline import LINGER_S, OUR_LIMITS, STALE_NS, Deadline
 from loadgen.net import now_ns
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
@@ -194,7 +194,7 @@ class Flight:
                 self._linger()
 
     def _says_done(self) -> bool:
-        return bool(self.parts) and self.parts[-1].endswith(b"[DONE]\n\n")
+        return bool(self.parts) and self.parts[-1].endswith(DONE)
 
     def _wait(self) -> None:
         """Until the deadline; looked at in between, as a first token brings one that is nearer."""

@@ -9,26 +9,23 @@ It dies with its parent: by pdeathsig, at EOF of stdin, and when no lease came f
 """
 
 import asyncio
-import ctypes
 import gc
 import itertools
 import os
 import resource
-import signal
-import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, Never
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
-from loadgen import net, scenario
+from loadgen import child, net, scenario
 from loadgen.client import Client
 from loadgen.drive import LegRun, Work
 from loadgen.errors import GeneratorError, StoreError
 from loadgen.leg import Health, Leg
-from loadgen.net import new_loop, now_ns
+from loadgen.net import now_ns
 from loadgen.prompts import Ratio
 from loadgen.pulse import PROBE_S, Pulse
 from loadgen.store import SCHEMA, Header, Journal
@@ -198,23 +195,10 @@ def _tell(frame: Frame) -> None:
     os.write(1, _encode_frame(frame) + b"\n")
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """SIGKILL for this process when its parent ends (Linux), even by SIGKILL."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the call above
-        _gone()
-
-
 def raise_fd_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _gone() -> Never:
-    os._exit(70)
 
 
 async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
@@ -241,20 +225,15 @@ async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
             await asyncio.wait([leg], timeout=LEASE_S)
 
 
-async def _main() -> None:
-    lines = asyncio.StreamReader(limit=2**26)
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+async def _main(lines: asyncio.StreamReader) -> None:
     setup = msgspec.json.decode(await lines.readline(), type=Setup)
-    die_with_parent(setup.parent_pid)
+    child.die_with_parent(setup.parent_pid)
     raise_fd_limit()
     await _serve(setup, lines)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to translate
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_main())
+    child.run(_main)
 
 
 if __name__ == "__main__":

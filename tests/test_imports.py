@@ -39,7 +39,8 @@ ALLOWED = {
     "flight": "connection deadline net record scenario stamps target",
     "client": "connection dial flight net openai record scenario stamps target",
     "drive": "client flight leg metrics net openai plan prompts record scenario store",
-    "shard": "client drive errors leg net prompts pulse scenario store target",
+    "child": "net",
+    "shard": "child client drive errors leg net prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
@@ -48,7 +49,7 @@ ALLOWED = {
     "health": "", "telemetry.log": "store", "telemetry.process": "store",
     "watch": "errors health store target telemetry.gpu telemetry.log telemetry.process "
              "telemetry.server telemetry.signs",
-    "attend": "calibrate errors net prompts scenario shard store target telemetry.gpu "
+    "attend": "calibrate child errors prompts scenario store target telemetry.gpu "
               "telemetry.server watch",
     "headroom": "record",
     "rungs": "headroom validity",
