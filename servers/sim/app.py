@@ -111,13 +111,14 @@ class Server:
         if self._dead:
             return
         flying = self._desk.flying
-        woken_s = asyncio.get_running_loop().time()
-        self.pacing.delivered(due_s, woken_s)
+        loop = asyncio.get_running_loop()
+        woken_s = loop.time()
         for request_id in step.tokens:
             if found := flying.get(request_id):
                 found[0].token(found[1], woken_s, step.finished.get(request_id))
         self.tally.stepped()
         self._desk.stepped()
+        self.pacing.delivered(due_s, loop.time())
 
     def _note_moves(self, step: Step, now_s: float) -> None:
         """Which requests the engine has begun to compute, or thrown out, in the step it plans."""
