@@ -5,10 +5,12 @@ generator's limits or of the host is in its figures: they are simulated ones."""
 import gc
 import heapq
 import itertools
+import math
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import sub
 
 from loadgen import metrics, plan
 from loadgen.judge import ServerSigns
@@ -20,7 +22,7 @@ from loadgen.supervise import HEAD_START_S, is_lost
 from loadgen.telemetry.signs import series, signs_of
 from servers.sim.costs import BLOCK_TOK, GIB, used_gib
 from servers.sim.engine import Engine, EngineConfig, Request, Step
-from servers.sim.front import Front
+from servers.sim.front import Front, Turn
 
 START_S = 3.0  # what comes before the first leg: server, calibration, shards
 PAUSE_S = 0.1  # between legs
@@ -42,14 +44,15 @@ class _Flight:
 
 class VirtualExecutor:
     """Whoever `loadgen.sweep` asks for legs. `rows` and `records` of the leg that ran last are
-    left for whoever keeps them."""
+    left for whoever keeps them. `front`: another one than the constants give."""
 
-    def __init__(self, scenario: Scenario, config: EngineConfig, utilization: float = 0.92) -> None:
+    def __init__(self, scenario: Scenario, config: EngineConfig, utilization: float = 0.92,
+                 front: Front | None = None) -> None:
         self.now_s = START_S
         self.rows: list[Row] = []
         self._scenario, self._config, self._utilization = scenario, config, utilization
         self._slos = {c.name: scenario.slo_of(c.name) for c in scenario.classes}
-        self._engine, self._front = Engine(config), Front(config.machine.constants)
+        self._engine, self._front = Engine(config), front or Front(config.machine.constants)
         self._ids = itertools.count(1)
 
     async def restart(self, why: str) -> None:
@@ -123,6 +126,7 @@ class _LegRun:
         self._order = itertools.count()
         self._ready: deque[tuple[float, Request]] = deque()  # that the front end has taken in
         self._flying: dict[int, _Flight] = {}
+        self._landing: deque[tuple[int, _Flight]] = deque()  # (last step, whose turn is to come)
         self._given: list[int] = []  # when each step's tokens were written, in µs …
         self._gaps: list[int] = []  # … and how long after those of the step before
         self._good = self._awaited = self._seq = 0
@@ -141,7 +145,7 @@ class _LegRun:
         if self._ending == "cut":
             return True
         if self._to_ns is None or not self._more:
-            return not self._flying and not self._due
+            return not (self._flying or self._due or self._landing)
         return self.now_s * NS >= self._to_ns and not self._awaited
 
     def advance(self, until_s: float) -> float:
@@ -153,7 +157,12 @@ class _LegRun:
                 self._send()
             while ready and ready[0][0] <= self.now_s:
                 engine.submit(ready.popleft()[1])
-            comes_s = min(due[0][0] if due else until_s, ready[0][0] if ready else until_s, until_s)
+            turn_s = self._front.next_s if self._landing else None
+            if turn_s is not None and turn_s <= self.now_s:
+                self._write(self._front.begin(self.now_s))
+                continue
+            comes_s = min(due[0][0] if due else until_s, ready[0][0] if ready else until_s,
+                          until_s if turn_s is None else turn_s, until_s)
             if ends := engine.coast(self.now_s, comes_s):
                 busy_s += ends[-1] - self.now_s
                 self._coasted(ends, engine.running)
@@ -191,6 +200,7 @@ class _LegRun:
 
     def close(self) -> Window:
         """Ends what is in flight."""
+        self._write(self._front.begin(math.inf))
         if self._given:  # what was made is seen, too
             self.now_s = max(self.now_s, self._given[-1] / 1e6 + 1e-6)
         end_ns = round(self.now_s * NS)
@@ -215,6 +225,9 @@ class _LegRun:
     def _idle(self, until_s: float) -> bool:
         """Nothing to compute: on to what comes next. False: nothing will."""
         comes = [q[0][0] for q in (self._due, self._ready) if q]
+        if self._front.next_s is not None:
+            comes.append(self._front.next_s)
+            self._write(self._front.begin(self.now_s))
         if not comes and not self._flying:
             return False
         self.now_s = max(self.now_s, min([*comes, until_s]))
@@ -277,27 +290,38 @@ class _LegRun:
     def _coasted(self, ends: list[float], events: int) -> None:
         """Steps in which nobody came and nobody went; but who comes in the last one is at the
         front end before its tokens."""
-        give_out, given, gaps = self._front.give_out, self._given, self._gaps
-        before_us = given[-1] if given else 0
-        self.now_s = last_s = ends[-1]
-        for end_s in ends:
-            if end_s is last_s:
-                while self._due and self._due[0][0] <= end_s:
-                    self._send()
-            given_us = round(give_out(end_s, events) * 1e6)
-            given.append(given_us)
-            gaps.append(given_us - before_us)
-            before_us = given_us
-        self._steps += len(ends)
+        front, given = self._front, self._given
+        self.now_s = last_s = ends.pop()
+        self._steps += len(ends) + 1
+        if written := front.steady(ends, events):
+            known_us = [round(written_s * 1e6) for written_s in written]
+            before_us = given[-1] if given else 0
+            self._gaps += map(sub, known_us, [before_us, *known_us])
+            given += known_us
+        else:
+            for end_s in ends:
+                self._write(front.give_out(end_s, events, 0))
+        while self._due and self._due[0][0] <= last_s:
+            self._send()
+        self._write(front.give_out(last_s, events, 0))
+
+    def _write(self, turns: list[Turn]) -> None:
+        """The front end's turns; who had its last token in one has ended."""
+        given, gaps, landing = self._given, self._gaps, self._landing
+        for written_s, steps in turns:
+            written_us = round(written_s * 1e6)
+            gaps.append(written_us - (given[-1] if given else 0))
+            given.append(written_us)
+            if steps > 1:
+                given += [written_us] * (steps - 1)
+                gaps += [0] * (steps - 1)
+            while landing and landing[0][0] < len(given):
+                self._land(landing.popleft()[1], written_s, Outcome.OK)
 
     def _give(self, step: Step) -> None:
         """The front end writes a step's tokens; whoever has ended, ends then."""
         number, flying = self._steps, self._flying
         self._steps += 1
-        given_s = self._front.give_out(self.now_s, step.events)
-        given_us = round(given_s * 1e6)
-        self._gaps.append(given_us - (self._given[-1] if self._given else 0))
-        self._given.append(given_us)
         for request_id in step.begun:
             if request_id in flying:
                 flying[request_id].spans.append([number, -1])
@@ -308,7 +332,8 @@ class _LegRun:
             if (flight := flying.pop(request_id, None)) is not None:
                 flight.record.finish_reason = reason
                 flight.spans[-1][1] = number + 1
-                self._land(flight, given_s, Outcome.OK)
+                self._landing.append((number, flight))
+        self._write(self._front.give_out(self.now_s, step.events, step.fresh))
 
     def _land(self, flight: _Flight, end_s: float, outcome: Outcome, again: bool = True) -> None:
         """The record; and what its session or slot does next."""
@@ -333,14 +358,17 @@ class _LegRun:
         (a, b), more = spans[0], spans[1:]
         if b < 0:
             b = len(given)
-        if interval == 1 and not more:
-            first_us, tokens, record.gaps_us = given[a], b - a, self._gaps[a + 1:b]
+        gaps = self._gaps[a + 1:b]
+        if interval == 1 and not more and 0 not in gaps:
+            first_us, tokens, record.gaps_us = given[a], b - a, gaps
         else:
             stamps = [t for a, b in spans for t in given[a:b if b >= 0 else len(given)]]
             tokens = len(stamps)
-            at = sorted({*range(0, tokens, interval), tokens - 1})
-            if interval > 1:
-                record.event_tok = [1, *(b - a for a, b in itertools.pairwise(at))]
+            told = sorted({*range(0, tokens, interval), tokens - 1})
+            # of those that are written at one time, the last one tells of all
+            at = [i for i, then in itertools.pairwise(told) if stamps[then] > stamps[i]]
+            at.append(tokens - 1)
+            record.event_tok = [b - a for a, b in itertools.pairwise([-1, *at])]
             stamps = [stamps[i] for i in at]
             first_us, record.gaps_us = stamps[0], [y - x for x, y in itertools.pairwise(stamps)]
         record.first_ns = record.first_visible_ns = record.headers_ns = first_us * 1000
@@ -350,6 +378,8 @@ class _LegRun:
 
     def _drop(self, request_id: int, outcome: Outcome, again: bool = True) -> None:
         flight = self._flying.pop(request_id)
+        if flight.spans and flight.spans[0][0] >= len(self._given):
+            flight.spans.clear()  # its tokens were made, but not told
         self._engine.abort(request_id)
         if any(r.id == request_id for _, r in self._ready):
             self._ready = deque((t, r) for t, r in self._ready if r.id != request_id)

@@ -69,6 +69,7 @@ class Step:
     admitted: list[tuple[int, int]] = field(default_factory=list)
     finished: dict[int, str] = field(default_factory=dict)  # id -> finish_reason
     events: int = 0
+    fresh: int = 0  # of them, to streams that had none in the step before
 
     @property
     def end_s(self) -> float:
@@ -189,6 +190,7 @@ class Engine:
         batch.sampled = len(step.tokens)
         self.stats.steps += 1
         self.stats.generation_tok += batch.sampled
+        step.fresh = len(step.begun) if len(self._telling) == 1 else step.events
         step.duration_s = self._time(batch)
         return step
 

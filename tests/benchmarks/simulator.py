@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--seconds", type=float, default=10.0)
     p.add_argument("--connections", type=int, default=10_000)
     o = p.parse_args(argv)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if o.what in (None, "rate"):
         _tell(rate(o.streams or 256, o.rate, o.seconds), o.streams or 256)
