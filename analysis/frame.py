@@ -23,7 +23,14 @@ from loadgen.ramp import Conclusion, conclude
 from loadgen.record import RequestRecord
 from loadgen.scenario import Scenario, Slo
 from loadgen.store import Manifest, Row, RunFolder
-from loadgen.telemetry.signs import series, signs_of
+from loadgen.telemetry.signs import (
+    GpuSigns,
+    gpu_signs_of,
+    gpus,
+    loaded_bytes,
+    series,
+    signs_of,
+)
 
 Series = Sequence[tuple[int, float]]  # (t_ns, value), ascending
 Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -55,6 +62,8 @@ class Run(Struct, frozen=True, eq=False):
     torn: int  # lines of the journals that could not be read
     gaps_us: dict[str, Ints]  # leg → event gaps of its sample, pooled
     peaks: list[Peak]  # of the generator, in the order of `legs`
+    gpus: list[GpuSigns]  # likewise
+    gpu_loaded_bytes: float | None  # memory after load: when the server was ready
 
     def gaps_s(self, *legs: str) -> Floats:
         """Event gaps of the samples of these legs, pooled, s."""
@@ -97,7 +106,9 @@ def load(path: Path, slo: Slo | None = None) -> Run:
         records.setdefault(r.leg, []).append(r)
     started = folder.legs()
     legs = _with_windows(started, records)
-    telemetry = _telemetry(folder.rows())
+    told = list(folder.rows())
+    telemetry, cards = _telemetry(told), gpus(told)
+    ready_ns = next((r.t_ns for r in told if (r.source, r.name) == ("state", "READY")), None)
     signs = [signs_of(window, telemetry.get("server", {})) for _, window in legs]
     judgements = []
     for (leg, window), said in zip(legs, signs, strict=True):
@@ -108,7 +119,8 @@ def load(path: Path, slo: Slo | None = None) -> Run:
             for leg, window in legs for r in records.get(leg.id, ())]
     return Run(folder, manifest, mix, criteria, legs, _frame(rows), judgements, signs, telemetry,
                t0_ns, folder.torn, {x: np.frombuffer(g, np.int64) for x, g in gaps.items()},
-               [peak_of(records.get(leg.id, ())) for leg, _ in legs])
+               [peak_of(records.get(leg.id, ())) for leg, _ in legs],
+               [gpu_signs_of(window, cards) for _, window in legs], loaded_bytes(cards, ready_ns))
 
 
 def _with_windows(legs: Sequence[tuple[Leg, Window | None]],

@@ -13,8 +13,9 @@ from analysis.frame import Floats, Run
 from loadgen import metrics
 from loadgen.balance import stalls_inside
 from loadgen.judge import Judgement
-from loadgen.leg import Leg, Window
+from loadgen.leg import Window
 from loadgen.record import Outcome
+from loadgen.telemetry.signs import GpuSigns
 
 GIB = 2**30
 NONE = np.empty(0)
@@ -47,7 +48,7 @@ def _leg_row(run: Run, i: int) -> dict[str, object]:
         "misses": ", ".join(f"{k} {n}" for k, n in sorted(j.misses.items())),
         "running_mean": signs.running_mean, "waiting_mean": signs.waiting_mean,
         "kv_max_frac": signs.kv_max, "preemptions": signs.preemptions,
-        "prefix_hit_frac": signs.prefix_hit_frac, **_gpu(run, leg, window),
+        "prefix_hit_frac": signs.prefix_hit_frac, **_gpu(run.gpus[i]),
         **_generator(window, j),
         "measurement": j.measurement, "load": j.load, "reasons": "; ".join(j.reasons)}
 
@@ -118,15 +119,16 @@ def _tokens(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
     return {"output_tok_s": output / window_s, "prompt_tok_s": prompt / window_s}
 
 
-def _gpu(run: Run, leg: Leg, window: Window) -> dict[str, object]:
-    """Memory per GPU (the fullest one's) when the leg began and at its peak; mean utilisation."""
-    gpu = run.telemetry.get("gpu", {})
-    used = [(t, v / GIB) for t, v in gpu.get("memory_used_bytes", ())
-            if window.t0_ns <= t <= window.end_ns]
-    busy = [v for t, v in gpu.get("util_frac", ()) if window.from_ns <= t < window.to_ns]
-    return {"gpu_memory_start_gib": used[0][1] if used else None,
-            "gpu_memory_peak_gib": max((v for _, v in used), default=None),
-            "gpu_util_frac": float(np.mean(busy)) if busy else None}
+def _gpu(gpu: GpuSigns) -> dict[str, object]:
+    """Memory of the fullest GPU when the leg began and at its peak; what all did on average."""
+    def gib(value: float | None) -> float | None:
+        return None if value is None else value / GIB
+    return {"gpus": gpu.n or None, "gpu_memory_start_gib": gib(gpu.memory_start_bytes),
+            "gpu_memory_peak_gib": gib(gpu.memory_peak_bytes),
+            "gpu_memory_total_gib": gib(gpu.memory_total_bytes), "gpu_util_frac": gpu.util_frac,
+            "gpu_power_w": gpu.power_w, "gpu_sm_clock_mhz": gpu.sm_clock_mhz,
+            "gpu_temperature_max_c": gpu.temperature_max_c, "gpu_slowed_frac": gpu.slowed_frac,
+            "gpu_slowed_by": ", ".join(gpu.slowed_by)}
 
 
 def _generator(window: Window, j: Judgement) -> dict[str, object]:

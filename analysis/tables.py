@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import charts, steps, words
+from analysis import charts, gpus, steps, words
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from analysis.words import Answer
@@ -19,8 +19,14 @@ MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemption
         "GPU GiB", "GPU busy")
 GENERATOR = ("leg", "sent late, p99", "loop lag, p99", "CPU", "waited for a core", "dropped",
              "stood still", "GC", "descriptors")
+GPU = ("leg", "GiB at start", "GiB peak", "over after load", "of GiB", "busy", "power", "SM clock",
+       "hottest", "clocks held down")
 ADDS_UP = ("leg", "connecting, p99", "load that was there", "Little’s law",
            "server counts: requests / prompt / output tokens")
+
+
+GPU_NOTE = ("Memory is of the fullest GPU, power of all together; busy, power and clock are means "
+            "over the measured window. Held down: share of samples in which NVML named a reason.")
 
 
 def of(run: Run, answer: Answer) -> Iterator[str]:
@@ -35,6 +41,10 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
     yield _table(("leg", *steps.HEADS[FIRST:], *MORE), (
         [own[0], *own[FIRST:], *_more(r)] for own, r in zip(cells, rows, strict=True)))
     yield _table(("leg", "why"), ([r["leg"], r["reasons"].ljust(41)] for r in rows))
+    if any(gpu.n for gpu in run.gpus):
+        yield "<h2>The server’s GPUs</h2>"
+        yield f'<p class="muted">{escape(gpus.sentence(run) or "")} {GPU_NOTE}</p>'
+        yield _table(GPU, (_gpu(run, r) for r in rows))
     yield "<h2>The generator</h2>"
     yield ('<p class="muted">How the load generator itself was; of several processes, the one '
            "that is worst off. ≤: the largest of too few for a p99. Load that was there: of an "
@@ -80,6 +90,22 @@ def _more(r: Mapping[Any, Any]) -> list[str]:
             number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
             percent(r["prefix_hit_frac"]), number(r["gpu_memory_peak_gib"], ".1f"),
             percent(r["gpu_util_frac"])]
+
+
+def _gpu(run: Run, r: Mapping[Any, Any]) -> list[str]:
+    loaded = run.gpu_loaded_bytes
+    more = None if loaded is None else r["gpu_memory_peak_gib"] - loaded / steps.GIB
+    held = percent(r["gpu_slowed_frac"])
+    if r["gpu_slowed_by"]:
+        held += f": {r['gpu_slowed_by']}"
+
+    def unit(value: float | None, name: str) -> str:
+        return "–" if value is None or pd.isna(value) else f"{value:.0f} {name}"
+    return [str(r["leg"]), number(r["gpu_memory_start_gib"], ".1f"),
+            number(r["gpu_memory_peak_gib"], ".1f"), number(more, "+.1f"),
+            number(r["gpu_memory_total_gib"], ".0f"), percent(r["gpu_util_frac"]),
+            unit(r["gpu_power_w"], "W"), unit(r["gpu_sm_clock_mhz"], "MHz"),
+            unit(r["gpu_temperature_max_c"], "°C"), held]
 
 
 def _generator(r: Mapping[Any, Any]) -> list[str]:

@@ -26,7 +26,9 @@ from loadgen.scenario import Scenario
 from loadgen.shard import die_with_parent
 from loadgen.store import RunFolder
 from loadgen.target import Target
+from loadgen.telemetry import gpu
 from loadgen.telemetry import server as watch
+from loadgen.watch import Watcher
 
 
 class Setup(Struct, frozen=True):
@@ -71,11 +73,12 @@ class _Attendant:
             if ask.do == "health":
                 why = await watch.is_healthy(self._target)
                 return Answer(failed=why, unreachable=why is not None)
-            journal = RunFolder(Path(ask.folder)).telemetry("server")
             if self._watching is not None:
                 self._watching.cancel()
+            watcher = Watcher(say=lambda text: None)
+            watcher.opened(RunFolder(Path(ask.folder)))
             self._watching = asyncio.create_task(
-                watch.watch(self._target, journal, [], ask.simulated))
+                watcher.watch(self._target, ask.simulated, gpu.is_here(self._target.base_url)))
             return Answer()
         except LoadgenError as e:
             return Answer(failed=str(e), unreachable=isinstance(e, ServerError))

@@ -12,6 +12,7 @@ import aiohttp
 
 from loadgen import openai, plan, prompts
 from loadgen.client import Client
+from loadgen.dial import context_of
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.net import now_ns
 from loadgen.prompts import Ratio
@@ -62,7 +63,8 @@ async def the_model(target: Target) -> str:
     try:
         async with (aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=10), proxy=target.proxy) as session,
-                    session.get(url, headers=target.headers) as answer):
+                    session.get(url, headers=target.headers, ssl=context_of(target.trust)
+                                ) as answer):
             if answer.status != 200:
                 raise ScenarioError(f"{url} says {answer.status}; give --model NAME (and "
                                     "--api-key KEY if the server wants one)")
@@ -117,13 +119,15 @@ async def _tokenized(target: Target, scenario: Scenario,
                      texts: list[str]) -> list[tuple[int, int]]:
     """(characters, tokens) of each text by the server's /tokenize; [] if it has none."""
     url, counts = f"{target.base_url}/tokenize", []
+    context = context_of(target.trust)
     async with aiohttp.ClientSession(headers=target.headers, proxy=target.proxy,
                                      timeout=aiohttp.ClientTimeout(total=10)) as session:
         for text in texts:
             what = ({"messages": [{"role": "user", "content": text}]}
                     if scenario.endpoint == "chat" else {"prompt": text})
             try:
-                async with session.post(url, json={"model": target.model, **what}) as answer:
+                async with session.post(url, json={"model": target.model, **what},
+                                        ssl=context) as answer:
                     if answer.status != 200:
                         return []
                     counts.append((len(text), int((await answer.json())["count"])))

@@ -23,11 +23,12 @@ from loadgen.leg import Leg
 from loadgen.options import (
     WORDS,
     Group,
-    command_of,
     duration,
     finite,
     headers_of,
-    launches_vllm,
+    kind,
+    launched_of,
+    launches,
     levels_of,
     load_of,
     processes_of,
@@ -175,14 +176,15 @@ def report(folder: Path, slos: tuple[str, ...], html: bool) -> None:
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(["sim", "vllm"]))
+@click.argument("kind", callback=kind, metavar="KIND")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--model", help="The folder or name that a vLLM serves.")
-@click.option("--server-cmd", metavar="COMMAND", help="Words that stand in for `vllm serve`.")
+@click.option("--model", help="The folder or name that it serves; not of the simulator.")
+@click.option("--server-cmd", metavar="COMMAND", help="Words that stand in for `vllm serve`; with "
+              "transformers the Python that has it.")
 @click.pass_obj
 def serve(server_options: tuple[str, ...], /, kind: str, port: int, model: str | None,
           server_cmd: str | None) -> None:
-    """Run a server in the foreground, without loading it.
+    """Run a server in the foreground, without loading it: sim, vllm, transformers, FILE.py.
 
     \b
     loadgen serve sim --port 8000 -- --gpu 4090d --model qwen2.5-7b
@@ -190,19 +192,19 @@ def serve(server_options: tuple[str, ...], /, kind: str, port: int, model: str |
     """
     import os  # noqa: PLC0415
 
-    given = ["--port", str(port), *server_options]
-    if kind == "vllm":
-        from servers.vllm import VllmServer  # noqa: PLC0415
+    from servers.launched import foreground  # noqa: PLC0415
 
-        server = VllmServer(model, given, Path(os.devnull), command_of(server_cmd))
-        command, env = server.command, {**os.environ, **server.env}
+    given = ["--port", str(port), *server_options]
+    if kind != "sim":
+        server = launched_of(kind, model, given, Path(os.devnull), server_cmd)
+        command, env = server.command, server.env
     elif model or server_cmd:
-        raise click.UsageError("--model and --server-cmd are for a vLLM; the simulator's options "
-                               "follow `--`, as -- --model qwen2.5-7b")
+        raise click.UsageError("--model and --server-cmd are for servers of models; the "
+                               "simulator's options follow `--`, as -- --model qwen2.5-7b")
     else:
-        command, env = [sys.executable, "-m", "servers.sim", *given], dict(os.environ)
+        command, env = [sys.executable, "-m", "servers.sim", *given], {}
     sys.stdout.flush()
-    os.execve(command[0], command, env)
+    raise SystemExit(foreground(command, env))
 
 
 @main.command()
@@ -330,10 +332,11 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     session = Session(
         scenario=chosen, server=server_of(options, server_options, out), out=out,
         criteria=Criteria(target=options["target"], calibration=found.calibration), seed=seed,
-        model=None if launches_vllm(options) else options["model"],
+        model=None if launches(options) else options["model"],
         headers=headers_of(options), processes=processes_of(
             options["processes"], *most, options["base_url"]),
-        command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"])
+        command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"],
+        gpus=options["gpus"])
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)
     raise SystemExit(code)
@@ -347,7 +350,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     """Writes summary and report, says the verdict, gives the exit code."""
     from rich.console import Console  # noqa: PLC0415
 
-    from analysis import summary, words  # noqa: PLC0415
+    from analysis import gpus, summary, words  # noqa: PLC0415
 
     try:
         finished = summary.finish(folder, slo, report=html)
@@ -359,6 +362,8 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
+    if said := gpus.sentence(finished):
+        console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:
         console.print(f"Stopped: {result.says}", style="dim", soft_wrap=not console.is_terminal,
                       highlight=False)

@@ -7,7 +7,20 @@ import socket
 import ssl
 from urllib.parse import SplitResult, unquote
 
+from loadgen.target import Trust
+
 READ_BYTES = 65536
+
+
+def context_of(trust: Trust) -> ssl.SSLContext:
+    """Raises OSError, which ssl's errors are, for files that cannot be used."""
+    context = ssl.create_default_context(cafile=trust.ca)
+    if trust.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if trust.cert:
+        context.load_cert_chain(trust.cert, trust.key)
+    return context
 
 
 class Tls:

@@ -16,7 +16,8 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import metrics, openai, plan
-from loadgen.client import Client, Flight
+from loadgen.client import Client
+from loadgen.flight import Flight
 from loadgen.leg import Leg
 from loadgen.net import now_ns
 from loadgen.prompts import Ratio
@@ -151,8 +152,10 @@ class LegRun:
             self._give_up(error)
 
     def _give_up(self, error: BaseException) -> None:
-        self.error = self.error or error
-        self.cancel()
+        """Once: what is given up may meet the same error, and hundreds of them one in another."""
+        if self.error is None:
+            self.error = error
+            self.cancel()
 
     async def _slot(self, slot: int, slots: int) -> None:
         """A closed loop's slot. The first starts are spread over the warm-up: all at once would

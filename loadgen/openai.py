@@ -3,6 +3,9 @@
 What counts as a token event (vLLM sends tokens whose text is empty: half a Chinese character, a
 special token; skipping them reported 44 ms between tokens where there were 6.4): every event with
 `choices`, except the role-only first one, a finish-only one (`delta: {}`) and a usage-only one.
+
+Servers that speak it differ in little: SGLang, TGI, llama.cpp, Ollama, LM Studio, TensorRT-LLM and
+Transformers each have a stream and their errors in tests/data/dialects. None has to be named.
 """
 
 from typing import Annotated, Any
@@ -13,7 +16,9 @@ from msgspec import Meta, Struct
 from loadgen.scenario import RequestClass, Sampling
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-GOOD_FINISH = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
+STOPPED = frozenset({"stop", "eos_token", "eos", "stop_sequence"})  # the last three are TGI's
+GOOD_FINISH = STOPPED | {"length", "tool_calls", "content_filter", "function_call"}
+_FINISH_APART = b'"fp_ollama"'  # whose finish has an empty content, also where a length ended it
 
 _encode = msgspec.json.Encoder().encode
 
@@ -122,7 +127,7 @@ class ServerError(Struct):
         and what proxies say), not because it is broken."""
         said = f"{self.type} {self.message}".lower()
         full = ("cannot accept new requests", "queue", "overloaded", "too many requests",
-                "rate limit")
+                "rate limit", "server busy")
         return str(self.code) == "429" or (
             str(self.code) == "503" and any(word in said for word in full))
 
@@ -141,16 +146,19 @@ def read(payload: bytes, first: bool) -> Event:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         shown = payload[:120].decode("utf-8", "replace")
         raise BadEvent(f"{e}: {shown!r}") from None
-    if chunk.error is not None:
-        return Event(error=_error_of(chunk.error))
+    if chunk.error is not None or (chunk.choices is None and chunk.usage is None):
+        raw = _decode_any(payload)
+        if chunk.error is not None or raw.get("object") == "error":
+            return Event(error=_error_in(raw))
     event = Event(usage=chunk.usage, choices=bool(chunk.choices))
     for choice in chunk.choices or ():
-        _read_choice(event, choice, first)
+        _read_choice(event, choice, first, _FINISH_APART in payload)
     return event
 
 
-def _read_choice(event: Event, choice: _Choice, first: bool) -> None:
-    event.finish_reason = choice.finish_reason or event.finish_reason
+def _read_choice(event: Event, choice: _Choice, first: bool, finish_apart: bool) -> None:
+    reason = choice.finish_reason
+    event.finish_reason = reason or event.finish_reason
     if choice.token_ids is not None:
         event.n_tok = (event.n_tok or 0) + len(choice.token_ids)
     delta = choice.delta
@@ -158,13 +166,15 @@ def _read_choice(event: Event, choice: _Choice, first: bool) -> None:
         event.text = choice.text or ""
         event.visible = bool(event.text)
         event.token |= choice.text is not None and not (
-            choice.text == "" and choice.finish_reason == "stop")
+            choice.text == "" and (reason in STOPPED or (reason and finish_apart)))
         return
     thought = delta.reasoning_content if delta.reasoning_content is not None else delta.reasoning
     called = bool(delta.tool_calls) or delta.function_call is not None
-    role_only = (first and delta.role is not None and not delta.content and not thought
-                 and not called and choice.finish_reason is None)
-    event.token |= (delta.content is not None or thought is not None or called) and not role_only
+    says = bool(delta.content or thought or called)
+    role_only = first and delta.role is not None and not says and not reason
+    finish_only = not says and (reason in STOPPED or bool(reason and finish_apart))
+    event.token |= (delta.content is not None or thought is not None or called) and not (
+        role_only or finish_only)
     event.visible |= bool(delta.content) or called
     event.text += delta.content or ""
 
@@ -175,18 +185,23 @@ def error_body(body: bytes, status: int) -> ServerError:
         raw = _decode_any(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raw = body[:200].decode("utf-8", "replace").strip()
-    if isinstance(raw, dict):
-        raw = raw.get("error", raw.get("detail", raw.get("message", raw)))
-    error = _error_of(raw)
+    error = _error_in(raw)
     return ServerError(error.message, error.type, error.code if error.code is not None else status)
 
 
-def _error_of(raw: object) -> ServerError:
-    if isinstance(raw, dict):
-        code = raw.get("code")
-        return ServerError(str(raw.get("message", raw))[:500], _str(raw.get("type")),
-                           code if isinstance(code, int | str) else None)
-    return ServerError(str(raw)[:500])
+def _error_in(raw: object) -> ServerError:
+    """Of what servers wrap errors in: {"error": {…}}; {"error": "…", "error_type": "…"} (TGI);
+    the object itself (SGLang, TensorRT-LLM, older vLLM); {"detail": …} (FastAPI)."""
+    if not isinstance(raw, dict):
+        return ServerError(str(raw)[:500])
+    inner = raw.get("error", raw.get("detail"))
+    if inner is None:
+        inner = raw
+    elif not isinstance(inner, dict):
+        inner = {"message": inner, "type": raw.get("error_type"), "code": raw.get("code")}
+    code = inner.get("code", inner.get("http_status_code"))
+    return ServerError(str(inner.get("message", inner))[:500], _str(inner.get("type")),
+                       code if isinstance(code, int | str) else None)
 
 
 def _str(value: object) -> str | None:

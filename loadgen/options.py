@@ -1,5 +1,6 @@
 """The command line's options: what several commands share, and what their words mean."""
 
+import importlib.util
 import math
 import os
 import re
@@ -14,7 +15,7 @@ import msgspec
 from loadgen import scenario
 from loadgen.errors import ScenarioError
 from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, Slo, Trace
-from loadgen.target import target_of
+from loadgen.target import Trust, target_of
 
 
 def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Seconds | None:
@@ -32,6 +33,7 @@ def finite(_ctx: click.Context, _param: click.Parameter, value: float | None) ->
     return value
 
 
+KINDS = ("sim", "vllm", "transformers")  # of servers that are started
 AUTO = 0  # processes
 STREAMS_EACH = 256  # that a process is given by auto: a third of what a slow core can do, or less …
 STARTS_EACH_RPS = 500.0  # … and starts per second
@@ -84,27 +86,40 @@ class Group(click.Group):
         return super().parse_args(ctx, args[:at])
 
 
+_FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
+_TLS = ("ca_cert", "insecure", "cert", "key")
+
+
 def target_options(command: Any) -> Any:
     """Options that sweep and run share."""
     for option in reversed([
-        click.option("--server", type=click.Choice(["sim", "vllm"]), help="Server to start; its "
-                     "options follow `--`. Default: the simulator, if no --base-url is given."),
+        click.option("--server", callback=kind, metavar="KIND", help="Server to start: sim, vllm, "
+                     "transformers, or FILE.py, a kind of yours; its options follow `--`. "
+                     "Default: the simulator, if no --base-url is given."),
         click.option("--virtual", is_flag=True, help="Step the simulator's engine in virtual time: "
                      "no sockets, minutes in seconds. Figures are simulated ones."),
         click.option("--server-cmd", metavar="COMMAND", help="Words that stand in for `vllm "
-                     "serve`, as \"python -m vllm.entrypoints.cli.main serve\"."),
+                     "serve`, as \"python -m vllm.entrypoints.cli.main serve\". With --server "
+                     "transformers: the Python that has it, or \"transformers serve\"."),
         click.option("--start-timeout", callback=duration, metavar="45m", help="How long the "
-                     "server may take to answer. Default: 30m for a vLLM that is started, else "
-                     "60s."),
+                     "server may take to answer. Default: 30m for one that is started, 60s for "
+                     "the simulator and --base-url."),
         click.option("--base-url", metavar="URL", help="An OpenAI-compatible server that runs."),
         click.option("--model", help="Model name to ask for. Default: the server's only one. With "
-                     "--server vllm: the folder or name that it serves."),
+                     "--server vllm or transformers: the folder or name that it serves."),
         click.option("--api-key", envvar="LOADGEN_API_KEY", metavar="KEY",
                      help="Sent as a bearer token. Also $LOADGEN_API_KEY. Never written down."),
         click.option("--header", "headers", multiple=True, metavar="K=V",
                      help="Another request header; may be repeated. Never written down."),
         click.option("--proxy", metavar="URL", help="An HTTP proxy on the way to --base-url; its "
                      "user and password may stand in the URL, and are never written down."),
+        click.option("--ca-cert", type=_FILE, metavar="FILE", help="Trust the authorities in this "
+                     "PEM file, and no others, for an https --base-url."),
+        click.option("--insecure", is_flag=True, help="Trust whoever answers at an https "
+                     "--base-url."),
+        click.option("--cert", type=_FILE, metavar="FILE", help="Our own certificate (PEM), for a "
+                     "server that wants one; with its key, or --key FILE beside it."),
+        click.option("--key", type=_FILE, metavar="FILE", help="The key of --cert."),
         click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
                      help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
                      "or vLLM's ttft:1000 in ms."),
@@ -117,6 +132,8 @@ def target_options(command: Any) -> Any:
                      "as many as the load needs and this host's cores allow."),
         click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER",
                      help="Run folder. Default: runs/DATE-TIME-SCENARIO."),
+        click.option("--gpus/--no-gpus", default=None, help="Watch this host's GPUs. Default: if "
+                     "the server runs on this host (of --base-url: at 127.0.0.1)."),
         click.option("--report/--no-report", default=True, show_default=True,
                      help="Write report.html and charts when the run is over."),
     ]):
@@ -128,9 +145,10 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
     if options["virtual"]:
         from servers.sim.launch import VirtualSim  # noqa: PLC0415
 
-        if options["base_url"] or options["server_cmd"] or options["server"] == "vllm":
-            raise click.UsageError("--virtual is of the simulator: leave --base-url, --server vllm "
-                                   "and --server-cmd out")
+        if options["base_url"] or options["server_cmd"] or options["server"] not in (
+                None, "sim"):
+            raise click.UsageError("--virtual is of the simulator: leave --base-url, --server and "
+                                   "--server-cmd out")
         return VirtualSim(server_options)
     if options["base_url"]:
         from servers.remote import RemoteServer  # noqa: PLC0415
@@ -145,18 +163,83 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
             raise click.UsageError(f"--base-url {options['base_url']!r}: write it with its scheme, "
                                    "as http://127.0.0.1:8000")
         target = target_of(options["base_url"], options["model"] or "")
-        return RemoteServer(msgspec.structs.replace(target, proxy=proxy_of(options["proxy"])))
+        return RemoteServer(msgspec.structs.replace(
+            target, proxy=proxy_of(options["proxy"]), trust=trust_of(options)))
+    if any(options[name] for name in _TLS):
+        raise click.UsageError("--ca-cert, --insecure, --cert and --key go with an https "
+                               "--base-url")
     if options["proxy"]:
         raise click.UsageError("--proxy goes with --base-url: a server that is started here is "
                                "asked directly")
-    if launches_vllm(options):
-        from servers.vllm import VllmServer  # noqa: PLC0415
-
-        return VllmServer(options["model"], server_options, out / "server.log",
-                          command_of(options["server_cmd"]))
+    if launches(options):
+        return launched_of(options["server"] or "vllm", options["model"], server_options,
+                           out / "server.log", options["server_cmd"])
     from servers.sim.launch import SimServer  # noqa: PLC0415
 
     return SimServer(server_options, out / "server.log")
+
+
+def trust_of(options: dict[str, Any]) -> Trust:
+    """Of an https address. Raises UsageError."""
+    trust = Trust(*(options[name] for name in _TLS))
+    if trust == Trust():
+        return trust
+    from loadgen.dial import context_of  # noqa: PLC0415  (asyncio waits for the command)
+
+    if not options["base_url"].strip().startswith("https://"):
+        raise click.UsageError("--ca-cert, --insecure, --cert and --key go with an https "
+                               "--base-url")
+    if trust.key and not trust.cert:
+        raise click.UsageError("--key is the key of a --cert: give that, too")
+    try:
+        context_of(trust)
+    except OSError as e:
+        raise click.UsageError(f"--ca-cert, --cert and --key: not the PEM files that they should "
+                               f"be: {e}") from None
+    return trust
+
+
+def kind(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Callback of what names a kind of server: one of ours, or a file with one."""
+    if value is None or value in KINDS:
+        return value
+    if not value.endswith(".py"):
+        raise click.BadParameter(f"{value!r}: one of {', '.join(KINDS)}, or FILE.py, a file with "
+                                 "a class Server")
+    if not Path(value).is_file():
+        raise click.BadParameter(f"{value}: there is no such file")
+    return value
+
+
+def launched_of(kind: str, model: str | None, server_options: Sequence[str], log: Path,
+                server_cmd: str | None) -> Any:
+    """A server of a kind that serves a model: all but the simulator."""
+    words = command_of(server_cmd)
+    if kind == "vllm":
+        from servers.vllm import VllmServer  # noqa: PLC0415
+
+        return VllmServer(model, server_options, log, words)
+    if kind == "transformers":
+        from servers.transformers import TransformersServer  # noqa: PLC0415
+
+        return TransformersServer(model, server_options, log, words)
+    return _class_in(Path(kind))(model, server_options, log, words)
+
+
+def _class_in(path: Path) -> Any:
+    """The class Server of a user's file. Raises ScenarioError."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # it ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise ScenarioError(f"{path}: cannot be loaded: {type(e).__name__}: {e}") from e
+    found = getattr(module, "Server", None)
+    if found is None:
+        raise ScenarioError(f"{path}: has no class Server; README, \"Kinds of servers\", has one")
+    return found
 
 
 def proxy_of(url: str | None) -> str | None:
@@ -165,11 +248,11 @@ def proxy_of(url: str | None) -> str | None:
     raise click.UsageError(f"--proxy {url!r}: write it as http://host:3128")
 
 
-def launches_vllm(options: dict[str, Any]) -> bool:
-    """Whether --model is what a vLLM is to serve. Raises UsageError."""
+def launches(options: dict[str, Any]) -> bool:
+    """Whether --model is what a server is started to serve. Raises UsageError."""
     if options["server_cmd"] and options["server"] == "sim":
         raise click.UsageError("--server-cmd starts a vLLM: leave --server sim out")
-    return bool(options["server_cmd"]) or options["server"] == "vllm"
+    return bool(options["server_cmd"]) or options["server"] not in (None, "sim")
 
 
 def command_of(text: str | None) -> list[str]:

@@ -3,6 +3,7 @@ stop it. The composition of all parts below the command line."""
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import calibrate, facts
-from loadgen.errors import ServerError, StoreError
+from loadgen.errors import ServerError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
 from loadgen.ramp import SweepPlan
@@ -22,10 +23,12 @@ from loadgen.store import SCHEMA, Header, Journal, LegLine, Row, RunFolder
 from loadgen.supervise import Progress, Shards
 from loadgen.sweep import Executor, SweepResult, run_one, sweep
 from loadgen.target import Target
+from loadgen.telemetry import gpu
 from loadgen.telemetry import server as watch
 from loadgen.telemetry.signs import series, signs_of
 from loadgen.view import View
 from loadgen.virtual import VirtualExecutor
+from loadgen.watch import Watcher
 from servers import death
 from servers.base import Server
 from servers.sim.launch import VirtualSim
@@ -47,6 +50,7 @@ class Session(Struct, frozen=True):
     processes: int
     command: list[str]  # the words after `loadgen`
     patience_s: float | None = None  # the server's own, if None
+    gpus: bool | None = None  # watch this host's; None: if the server is here
 
 
 def run_sweep(session: Session, plan: SweepPlan, view: View) -> SweepResult:
@@ -127,8 +131,16 @@ async def _session(session: Session, view: View,
     interrupt = _Interrupt()
     RunFolder.check_free(session.out)
     async with AsyncExitStack() as stack:
+        watcher = Watcher(view.say)
+        stack.push_async_callback(watcher.close)
         stack.push_async_callback(asyncio.to_thread, session.server.stop)
+        launched = session.server.facts()["kind"] != "remote"
+        if launched and _watches_gpus(session, here=True):
+            watcher.begin_gpus()  # before it loads its model
         target = await _ready(session, view)
+        watcher.keep([Row("state", time.monotonic_ns(), "READY", 1.0)])
+        if not launched and _watches_gpus(session, gpu.is_here(target.base_url)):
+            watcher.begin_gpus()
         ratios = await calibrate.ratios(target, session.scenario, session.seed)
         folder = RunFolder.create(session.out, facts.manifest(
             session.out, ["loadgen", *session.command], session.scenario, session.seed,
@@ -137,12 +149,19 @@ async def _session(session: Session, view: View,
                  f"{folder.path}")
         shards = await stack.enter_async_context(Shards(
             folder, folder.path.name, session.scenario, target, ratios, session.processes))
-        executor = _Executor(session, target, folder, shards, view)
-        watching = asyncio.create_task(executor.watch())
-        stack.callback(watching.cancel)
+        watcher.opened(folder)
+        watcher.begin_server(target, bool(session.server.facts().get("simulated")))
+        executor = _Executor(session, target, folder, shards, view, watcher)
         interrupt.reaches(executor.interrupt)
         with view:
             return await body(executor)
+
+
+def _watches_gpus(session: Session, here: bool) -> bool:
+    """`here`: the server runs on this host. A simulated one has simulated GPUs."""
+    if session.server.facts().get("simulated"):
+        return False
+    return here if session.gpus is None else session.gpus
 
 
 class _Interrupt:
@@ -167,47 +186,24 @@ class _Executor:
     """Runs legs on this host's shards; watches the server meanwhile."""
 
     def __init__(self, session: Session, target: Target, folder: RunFolder, shards: Shards,
-                 view: View) -> None:
+                 view: View, watcher: Watcher) -> None:
         self._session, self._target, self._folder = session, target, folder
         self._shards, self._view = shards, view
+        self._watcher = watcher
         self._offsets: dict[Path, int] = {}
-        self._rows: list[Row] = []
-        self._telemetry: Journal | None = None
         self._troubles = 0
-        self._spoiled: str | None = None
         self._restarting: asyncio.Task[Any] | None = None
         self._progress: Progress | None = None
 
-    async def watch(self) -> None:
-        """Until cancelled: telemetry. If it cannot be kept, the leg fails: a level whose KV cache
-        nobody saw must not be called safe."""
-        facts = self._session.server.facts()
-        try:
-            if self._telemetry is None:
-                self._telemetry = self._folder.telemetry("server")
-            await watch.watch(self._target, self._telemetry, self._rows,
-                              bool(facts.get("simulated")))
-        except StoreError as e:
-            self._spoiled = str(e)
-
     async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
-        del self._rows[:-200]  # the last samples before the window are needed for differences
+        watcher = self._watcher
+        watcher.forget_old()
         self._troubles, self._progress = 0, None
-        await self._sample()
-        window = await self._shards.run(leg, self._died, self._show, lambda: self._spoiled)
-        await self._sample()
+        await watcher.sample()
+        window = await self._shards.run(leg, self._died, self._show, lambda: watcher.spoiled)
+        await watcher.sample()
         records = [r for r in self._folder.records(self._offsets) if r.leg == leg.id]
-        return window, records, signs_of(window, series(self._rows, "server"))
-
-    async def _sample(self) -> None:
-        """The server's counters while nothing of ours is in flight: what they grow by over a leg
-        is the leg's."""
-        try:
-            if self._telemetry is None:
-                self._telemetry = self._folder.telemetry("server")
-            await watch.once(self._target, self._telemetry, self._rows)
-        except StoreError as e:
-            self._spoiled = str(e)
+        return window, records, signs_of(window, series(watcher.rows, "server"))
 
     async def restart(self, why: str) -> None:
         self._view.say(f"restarting the server: {why}")

@@ -4,7 +4,7 @@ Rules (WHATWG HTML, "server-sent events"), all independent of where the network 
 1. A line ends with LF, CRLF or CR. A CR ends its line at once; an LF right after it is skipped.
 2. An empty line ends an event. Its payload is its `data:` values joined with LF, one leading
    space of each removed. An event without `data` is no event; comments and other fields are
-   passed over.
+   passed over; but `error:`, which llama.cpp sent before October 2025, is data {"error": …}.
 3. What follows the last empty line is never an event: a cut stream loses its last, torn event.
 """
 
@@ -66,4 +66,6 @@ class SseParser:
             event = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
             self._data = []
             return event
+        elif line.startswith(b"error:"):
+            self._data.append(b'{"error":%b}' % line[6:])
         return None

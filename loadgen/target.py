@@ -16,6 +16,15 @@ NOT_SECRET = re.compile(
 HIDDEN = "***"
 
 
+class Trust(Struct, frozen=True):
+    """Whom to trust over https, and who we are. Paths of PEM files."""
+
+    ca: str | None = None  # instead of the authorities that the host knows
+    insecure: bool = False  # whoever answers
+    cert: str | None = None  # our own, for servers that want one …
+    key: str | None = None  # … and its key, where that is a file of its own
+
+
 class Target(Struct, frozen=True):
     """An OpenAI-compatible server. `headers` may hold secrets: `repr` hides them, and nothing
     but the shard's stdin ever gets them."""
@@ -24,11 +33,11 @@ class Target(Struct, frozen=True):
     model: str
     headers: dict[str, str] = {}
     proxy: str | None = None  # http://host:port of an HTTP proxy
+    trust: Trust = Trust()
 
     def __repr__(self) -> str:
         url = _without_password(self.base_url)
         return f"Target({url!r}, {self.model!r}, {len(self.headers)} headers)"
-
 
     def scrub(self, text: str) -> str:
         """`text` without this target's secrets: servers repeat keys in their errors."""

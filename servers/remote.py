@@ -20,7 +20,8 @@ class RemoteServer:
         return None
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": "remote", "simulated": False}
+        insecure = {"insecure": True} if self._target.trust.insecure else {}
+        return {"kind": "remote", "simulated": False, **insecure}
 
     def stop(self) -> None:
         pass

@@ -19,10 +19,13 @@ def main() -> None:
     parser.add_argument("--port")
     parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--die-as", help="ends at once, with that log")
+    parser.add_argument("--die-by", type=int, help="ends at once, by that signal")
     parser.add_argument("--start-s", type=float, default=0.0)
     parser.add_argument("--fault")
     parser.add_argument("--hf-token")
     options, _ = parser.parse_known_args()
+    if options.die_by:
+        os.kill(os.getpid(), options.die_by)
     if options.die_as:
         sys.stdout.write((LOGS / options.die_as).read_text(encoding="utf-8"))
         sys.exit(1)

@@ -1,5 +1,6 @@
 """A TCP server for tests that answers with exactly the bytes, and at exactly the instants, that a
-test wants. Each POST is answered by a script; what else is asked (GET) gets `get`, at once.
+test wants. Each POST is answered by a script; what else is asked (GET) gets `get`, at once (or what
+`get` makes of it).
 
     async with RawServer(lambda k: [HEAD, role(), token("a"), 0.1, RST]) as server:
         ... server.url ... server.requests ...
@@ -47,9 +48,10 @@ class RawServer:
     """`script(k)` is the answer to the k-th POST, over all connections. After a script that does
     not end its connection, the next request on it is read: it is kept alive."""
 
-    def __init__(self, script: Callable[[int], Script], get: Script | None = None,
-                 tls: ssl.SSLContext | None = None) -> None:
-        self._script, self._get, self._tls = script, get, tls
+    def __init__(self, script: Callable[[int], Script],
+                 get: Script | Callable[[Got], Script] | None = None,
+                 tls: ssl.SSLContext | None = None, backlog: int = 2048) -> None:
+        self._script, self._get, self._tls, self._backlog = script, get, tls, backlog
         self.requests: list[Got] = []
         self.gets: list[Got] = []
         self.connections = 0
@@ -59,8 +61,8 @@ class RawServer:
         self._handlers: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=2048,
-                                                  limit=2**22, ssl=self._tls)
+        self._server = await asyncio.start_server(
+            self._connection, "127.0.0.1", 0, backlog=self._backlog, limit=2**22, ssl=self._tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
         self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
         return self
@@ -105,7 +107,8 @@ class RawServer:
         """False: the connection is to end."""
         if got.head.startswith("GET"):
             self.gets.append(got)
-            return await self._play(NOT_FOUND if self._get is None else self._get, reader, writer)
+            get = self._get(got) if callable(self._get) else self._get
+            return await self._play(NOT_FOUND if get is None else get, reader, writer)
         self.requests.append(got)
         self.inflight += 1
         self.most_inflight = max(self.most_inflight, self.inflight)

@@ -1,10 +1,11 @@
 """What a server died of, by logs of real vLLMs: 0.32 on a CPU, 0.26 on a GPU."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from servers import death, vllm_log
+from servers import death, gpus, vllm_log
 
 LOGS = Path(__file__).parent / "data" / "vllm" / "logs"
 
@@ -128,6 +129,117 @@ def test_facts_of_a_start_on_a_gpu() -> None:
     assert found["gpu_memory_utilization"] == 0.9
     assert found["prefix_caching"] is False
     assert "max_num_seqs" not in found  # vLLM's default: not in its log
+
+
+OLD = """\
+INFO 09-07 00:53:29 api_server.py:459] vLLM API server version 0.6.0
+INFO 09-07 00:53:29 api_server.py:460] args: Namespace(api_key=None, block_size=32, \
+gpu_memory_utilization=0.9, max_num_batched_tokens=None, max_num_seqs=256, model='m')
+INFO 09-07 00:53:30 llm_engine.py:223] Initializing an LLM engine (v0.6.0) with config: model='m', \
+dtype=torch.float16, max_seq_len=4096, tensor_parallel_size=2, quantization=awq_marlin, seed=0)
+INFO 09-07 00:54:00 distributed_gpu_executor.py:56] # GPU blocks: 865, # CPU blocks: 327
+INFO 09-07 00:54:00 distributed_gpu_executor.py:60] Maximum concurrency for 4096 tokens per \
+request: 6.76x
+INFO:     Application startup complete.""".splitlines()
+EARLY_V1 = ["INFO 02-13 15:01:40 kv_cache_utils.py:407] # GPU blocks: 33660", "INFO 02-13 15:01:40 "
+            "kv_cache_utils.py:410] Maximum concurrency for 4096 tokens per request: 131.48x"]
+
+
+def test_facts_of_a_start_of_0_6_unrecorded() -> None:
+    """Lines as its source and its users' bug reports have them: blocks, and all arguments."""
+    assert vllm_log.facts(OLD) == {
+        "version": "0.6.0", "block_size": 32, "max_num_seqs": 256, "gpu_memory_utilization": 0.9,
+        "dtype": "float16", "max_model_len": 4096, "tensor_parallel": 2,
+        "quantization": "awq_marlin", "kv_cache_blocks": 865, "kv_cache_tok": 27_680,
+        "max_concurrency": 6.76}
+
+
+def test_facts_of_early_versions_of_v1_unrecorded() -> None:
+    """131.48 × 4096 tokens are 33660 blocks of 16, vLLM's default."""
+    assert vllm_log.facts(EARLY_V1) == {
+        "kv_cache_blocks": 33_660, "kv_cache_tok": 538_560, "max_concurrency": 131.48,
+        "max_model_len": 4096}
+
+
+def test_facts_of_a_start_with_two_data_parallel_engines() -> None:
+    """Each tells of its own cache, and one of them that there are two."""
+    found = vllm_log.facts(lines("start_0.32_dp2_cpu.log"))
+    assert (found["version"], found["data_parallel"]) == ("0.32.0", 2)
+    assert found["kv_cache_tok"] == 2 * 2_097_152
+    assert found["max_concurrency"] == 1024
+    assert found["max_num_seqs"] == 64
+
+
+def engine(who: str, tok: str, most: str) -> str:
+    return (f"({who}) INFO 11-20 23:46:53 [kv_cache_utils.py:2177] GPU KV cache size: {tok} tokens,"
+            f" Maximum concurrency for 4,096 tokens per request: {most}x")
+
+
+def test_kv_caches_of_data_parallel_engines_are_added_up() -> None:
+    """What an engine says again, for each of its workers, is the same cache: the smallest."""
+    found = vllm_log.facts([
+        engine("EngineCore_DP0 pid=1", "8,192", "2.00"),
+        engine("EngineCore_DP0 pid=1", "8,000", "1.95"),
+        engine("EngineCore_DP1 pid=2", "8,064", "1.97")])
+    assert found == {"max_model_len": 4096, "kv_cache_tok": 16_064, "max_concurrency": 3.92,
+                     "data_parallel": 2}
+
+
+def test_two_workers_of_one_engine_are_one_cache() -> None:
+    found = vllm_log.facts([engine("EngineCore pid=1", "8,192", "2.00")] * 2)
+    assert (found["kv_cache_tok"], found["max_concurrency"]) == (8192, 2.0)
+
+
+@pytest.mark.parametrize(("flags", "facts"), [
+    (["-tp", "4", "--quantization=awq"], {"tensor_parallel": 4, "quantization": "awq"}),
+    (["--pipeline-parallel-size", "2", "-dp=2"], {"pipeline_parallel": 2, "data_parallel": 2}),
+    (["-q", "gptq", "--load-format", "dummy"], {"quantization": "gptq", "load_format": "dummy"}),
+    (["--tensor-parallel-size", "2", "--tensor-parallel-size", "8"], {"tensor_parallel": 8}),
+    ([], {})])
+def test_facts_of_the_flags(flags: list[str], facts: dict[str, object]) -> None:
+    assert vllm_log.asked(flags) == facts
+
+
+class NVML:
+    """Answers of the library on a host with an H200; older ones answer in bytes."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, count: int = 2, lost: int = 9) -> None:
+        self.count, self.lost, self.shut = count, lost, 0
+
+    def nvmlInit(self) -> None:
+        if not self.count:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlShutdown(self) -> None:
+        self.shut += 1
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"580.65.06"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return self.count
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index == self.lost:
+            raise self.NVMLError("GPU is lost")
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return "NVIDIA H200"
+
+
+@pytest.mark.parametrize(("nvml", "names", "driver"), [
+    (NVML(), ["NVIDIA H200", "NVIDIA H200"], "580.65.06"), (NVML(0), None, None),
+    (NVML(2, lost=1), ["NVIDIA H200"], "580.65.06"), (None, None, None)])
+def test_gpus_are_named_where_there_are_some(
+        monkeypatch: pytest.MonkeyPatch, nvml: NVML | None, names: list[str] | None,
+        driver: str | None) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # None: no such library
+    assert gpus.facts() == {"gpus": names, "driver": driver}
+    assert nvml is None or nvml.shut == bool(driver)
 
 
 def test_a_log_that_says_nothing_gives_no_facts() -> None:

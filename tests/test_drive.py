@@ -19,7 +19,7 @@ from loadgen.drive import LegRun, Work
 from loadgen.errors import StoreError
 from loadgen.leg import Leg
 from loadgen.net import now_ns
-from loadgen.record import Outcome, RequestRecord
+from loadgen.record import Outcome, Recorder, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, Trace
 from loadgen.store import Journal, RunFolder
 from loadgen.target import Target
@@ -457,6 +457,46 @@ def test_a_journal_that_cannot_be_written_ends_the_leg_with_its_reason(
             assert "No space left" in str(running.error)
     run(test())
     assert len(kept(tmp_path)) == 2
+
+
+class NoRoom:
+    """A journal on a full disk."""
+
+    def append(self, record: RequestRecord) -> None:
+        raise StoreError("records-0.jsonl: No space left on device")
+
+
+def test_a_journal_that_cannot_be_written_ends_a_leg_with_hundreds_in_flight(
+        tmp_path: Path) -> None:
+    """Each that is given up then meets the same full disk, which gave up all others."""
+    async def test() -> None:
+        async with RawServer(lambda k: good() if k == 800 else [HEAD + token(), HOLD]
+                             ) as server, working(tmp_path, server.url) as work:
+            full = Work(work.scenario, work.slos, work.ratios, work.client,
+                        NoRoom(),  # type: ignore[arg-type]
+                        0, 1, work.seq)
+            running = LegRun(full, leg(constant(1000), measure_s=30), soon())
+            await running.run()
+            assert str(running.error) == "records-0.jsonl: No space left on device"
+            assert work.client.inflight == 0
+            assert server.most_inflight > 700
+    run(test())
+
+
+@pytest.mark.parametrize("load", [Closed(concurrency=3), constant(40)])
+def test_a_bug_in_the_making_of_a_record_ends_the_leg(
+        tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> RequestRecord:
+        raise RuntimeError("a bug")
+
+    async def test() -> None:
+        async with RawServer(lambda _: good()) as server, working(tmp_path, server.url) as work:
+            monkeypatch.setattr(Recorder, "end", bug)
+            running = LegRun(work, leg(load, measure_s=30), soon())
+            await asyncio.wait_for(running.run(), 10)
+            assert str(running.error) == "a bug"
+            assert work.client.inflight == 0
+    run(test())
 
 
 def test_records_count_on_over_the_legs_of_a_process(tmp_path: Path) -> None:

@@ -2,105 +2,43 @@
 code, and through everything that can end a run early."""
 
 import contextlib
-import json
 import os
 import pty
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from loadgen import cli
-from loadgen.record import Outcome, RequestRecord
+from loadgen.record import Outcome
 from loadgen.store import RunFolder
-from servers.base import free_port
-from tests.test_cli import LOADGEN, Said, loadgen, start
+from tests.real import (
+    FAST,
+    LOADGEN,
+    a_simulator,
+    endings,
+    kept,
+    loadgen,
+    outcomes,
+    over,
+    pid_of,
+    processes_in,
+    reaches,
+    running,
+    start,
+    summary,
+    wait,
+)
 
-pytestmark = pytest.mark.slow
-FAST = ["--", "--speed", "10"]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nobody_is_left")]
 JOURNALS = ("manifest.json", "legs.jsonl", "records-0.jsonl", "telemetry-server.jsonl",
-            "server.log")
+            "telemetry-gpu.jsonl", "telemetry-state.jsonl", "server.log")
 DERIVED = ("records.parquet", "summary.json", "report.html", "junit.xml", "summary.md")
-
-
-@pytest.fixture(autouse=True)
-def nobody_is_left(tmp_path: Path) -> Iterator[None]:
-    """After each run: no simulator and no generator process of it lives on."""
-    yield
-    left = processes_in(tmp_path)
-    until = time.monotonic() + 5
-    while left and time.monotonic() < until:
-        time.sleep(0.1)
-        left = processes_in(tmp_path)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left, list(left.values())
-
-
-def processes_in(folder: Path) -> dict[int, str]:
-    """Processes whose working directory is `folder`, with their command lines."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            zombie = (path / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-            if not zombie and (path / "cwd").resolve() == folder.resolve():
-                found[int(path.name)] = (path / "cmdline").read_bytes().replace(
-                    b"\0", b" ").decode()
-    return found
-
-
-def pid_of(folder: Path, word: str) -> int:
-    return next(pid for pid, line in processes_in(folder).items() if word in line)
-
-
-def wait(for_: Callable[[], object], within_s: float = 25) -> None:
-    until = time.monotonic() + within_s
-    while not for_():
-        assert time.monotonic() < until, "it did not come to that"
-        time.sleep(0.05)
-
-
-def over(process: subprocess.Popen[str], within_s: float = 25) -> Said:
-    try:
-        out, err = process.communicate(timeout=within_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        raise AssertionError(f"not over after {within_s} s: {out}{err}") from None
-    assert "Traceback" not in out + err, out + err
-    assert "never retrieved" not in out + err
-    return Said(process.returncode, out, err)
-
-
-def kept(folder: Path) -> list[RequestRecord]:
-    return list(RunFolder(folder).records())
-
-
-def outcomes(folder: Path) -> Counter[Outcome]:
-    return Counter(r.outcome for r in kept(folder))
-
-
-def endings(folder: Path) -> list[str | None]:
-    return [window.ending if window else None for _, window in RunFolder(folder).legs()]
-
-
-def summary(folder: Path) -> dict[str, object]:
-    value: dict[str, object] = json.loads((folder / "summary.json").read_bytes())
-    return value
-
-
-def running(folder: Path, n: int) -> Callable[[], bool]:
-    """Whether the run in `folder` has n records by now."""
-    return lambda: (folder / "records-0.jsonl").exists() and len(kept(folder)) >= n
 
 
 # -------------------------------------------------------------------------------- to the verdict
@@ -363,21 +301,10 @@ def test_a_sweep_whose_every_level_kills_the_server_has_no_safe_level(tmp_path: 
     assert "Safe up to" not in said.out
 
 
-@contextlib.contextmanager
-def a_simulator(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    port = free_port()
-    with subprocess.Popen([sys.executable, "-m", "servers.sim", "--port", str(port), *options],
-                          cwd=folder, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield process, f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
-
-
 def test_a_remote_server_that_is_killed_is_exit_4(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     with a_simulator(tmp_path / "elsewhere", "--speed", "10") as (server, url):
-        wait(lambda: _reaches(url))
+        wait(lambda: reaches(url))
         with start("run", "smoke", "--concurrency", "4", "--duration", "60s", "--out", "r",
                    "--no-report", "--base-url", url, cwd=tmp_path) as process:
             wait(running(tmp_path / "r", 40))
@@ -393,14 +320,9 @@ def test_a_remote_server_that_is_killed_is_exit_4(tmp_path: Path) -> None:
 def test_a_remote_server_is_not_stopped_by_the_run(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     with a_simulator(tmp_path / "elsewhere", "--speed", "10") as (server, url):
-        wait(lambda: _reaches(url))
+        wait(lambda: reaches(url))
         said = loadgen("run", "smoke", "--num-prompts", "60", "--no-report", "--out", "r",
                        "--base-url", url, cwd=tmp_path)
         assert said.code == cli.PASS, said.all
         assert server.poll() is None
         assert RunFolder(tmp_path / "r").manifest().server["kind"] == "remote"
-
-
-def _reaches(url: str) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0

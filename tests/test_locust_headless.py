@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +41,24 @@ from tests.raw_server import (
     usage,
     whole,
 )
-from tests.test_cli import Said, loadgen
-from tests.test_client import DEAD
-from tests.test_end_to_end import (
-    DERIVED,
-    JOURNALS,
+from tests.real import (
+    Popen,
+    Said,
     endings,
     kept,
-    nobody_is_left,
+    loadgen,
     over,
     pid_of,
     processes_in,
     running,
+    started,
     summary,
     wait,
 )
+from tests.test_client import DEAD
+from tests.test_end_to_end import DERIVED, JOURNALS
 
-pytestmark = pytest.mark.slow
-__all__ = ["nobody_is_left"]  # a fixture: it is used by all tests here
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nobody_is_left")]
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = ROOT / "locustfiles" / "chat.py"
@@ -68,22 +67,14 @@ FAST = ("--server-options", "--speed 3")
 LIMIT_S = 90.0  # of one test's Locust; a shared host may stall
 
 
-@contextlib.contextmanager
 def start(*options: str, cwd: Path, file: Path = CHAT, scenario: str | None = "smoke",
-          env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+          env: dict[str, str] | None = None) -> contextlib.AbstractContextManager[Popen]:
     """A headless Locust with its run folder `r` in `cwd`."""
     asked = [] if scenario is None else ["--scenario", scenario]
-    process = subprocess.Popen(
+    return started(
         [sys.executable, "-m", "locust", "-f", str(file), "--headless", "--only-summary",
-         "--run-folder", "r", *asked, *options], cwd=cwd, text=True, process_group=0,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "300", **(env or {})},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+         "--run-folder", "r", *asked, *options], cwd,
+        {"PYTHONPATH": str(ROOT), "COLUMNS": "300", **(env or {})})
 
 
 def locust(*options: str, cwd: Path, **how: Any) -> Said:

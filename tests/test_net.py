@@ -7,6 +7,7 @@ import functools
 import gc
 import socket
 import ssl
+import subprocess
 import sys
 import time
 from collections.abc import Coroutine
@@ -510,6 +511,22 @@ def test_json_that_is_nested_without_end_ends_in_a_record(script: list[Step]) ->
     run(test())
 
 
+def test_connections_that_are_opened_ahead_replace_those_that_were_idle_for_long() -> None:
+    """Of a leg that ended some time ago: they would all be closed when the next one takes them."""
+    async def test() -> None:
+        async with (RawServer(lambda _: good()) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            await client.open_connections(3)
+            for connection in client._idle:
+                connection.idle_since_ns -= 3_800_000_000
+            await client.open_connections(3)
+            await asyncio.sleep(0.3)  # the leg's clock begins
+            records = await asyncio.gather(*(client.send(shot()) for _ in range(3)))
+            assert [r.connect_wait_ns for r in records] == [None] * 3
+            assert server.connections == 6
+    run(test())
+
+
 def test_a_bug_of_ours_is_raised_and_does_not_wait_for_ever(
         monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
@@ -539,3 +556,85 @@ def test_done_again_and_again_does_not_hold_up_the_total() -> None:
             assert r.outcome is Outcome.TIMEOUT_TOTAL
             assert now_ns() - began < 4_000_000_000
     run(test())
+
+
+# ----------------------------------------------------------------- the command line's TLS options
+
+
+class Pem:
+    """An authority's file, a server's context that wants a client's certificate or does not, and
+    that certificate with its key, in one file and in two."""
+
+    def __init__(self, folder: Path, wants: bool) -> None:
+        authority = trustme.CA()
+        self.ca, self.both = folder / "ca.pem", folder / "both.pem"
+        self.cert, self.key = folder / "cert.pem", folder / "key.pem"
+        authority.cert_pem.write_to_path(str(self.ca))
+        ours = authority.issue_cert("loadgen.example")
+        ours.private_key_and_cert_chain_pem.write_to_path(str(self.both))
+        ours.cert_chain_pems[0].write_to_path(str(self.cert))
+        ours.private_key_pem.write_to_path(str(self.key))
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1", "localhost").configure_cert(self.context)
+        if wants:
+            authority.configure_trust(self.context)
+            self.context.verify_mode = ssl.CERT_REQUIRED
+
+
+async def _loaded(folder: Path, context: ssl.SSLContext, *words: str) -> tuple[int, str]:
+    """A run of three requests against a TLS server that knows its models, by the command line."""
+    models = b'{"data":[{"id":"m"}]}'
+    get = [head(content_type="application/json", content_length=str(len(models))) + models]
+    async with RawServer(lambda _: good(), get=get, tls=context) as server:
+        done = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "loadgen.cli", "run", "smoke", "--concurrency", "1",
+            "--num-prompts", "3", "--base-url", server.url, "--out", str(folder / "run"),
+            "--no-report", *words, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT)
+        said, _ = await done.communicate()
+    assert done.returncode is not None
+    return done.returncode, said.decode()
+
+
+@pytest.mark.parametrize(("wants", "words"), [
+    (False, ["--ca-cert", "{ca}"]), (False, ["--insecure"]),
+    (True, ["--ca-cert", "{ca}", "--cert", "{both}"]),
+    (True, ["--insecure", "--cert", "{cert}", "--key", "{key}"])])
+def test_a_run_over_https_trusts_whom_it_is_told_to(
+        tmp_path: Path, wants: bool, words: list[str]) -> None:
+    pem = Pem(tmp_path, wants)
+    code, said = asyncio.run(_loaded(tmp_path, pem.context, *(
+        word.format(**{k: str(v) for k, v in vars(pem).items()}) for word in words)))
+    assert code in (0, 1, 5), said
+    kept = (tmp_path / "run" / "records-0.jsonl").read_text()
+    assert kept.count('"outcome":"OK"') == 3
+    manifest = (tmp_path / "run" / "manifest.json").read_text()
+    assert ('"insecure":true' in manifest.replace(" ", "")) == ("--insecure" in words)
+
+
+@pytest.mark.parametrize(("wants", "words", "says"), [
+    (False, [], "certificate"), (True, ["--insecure"], "cannot be reached")])
+def test_a_run_over_https_without_them_says_what_is_wrong(
+        tmp_path: Path, wants: bool, words: list[str], says: str) -> None:
+    code, said = asyncio.run(_loaded(tmp_path, Pem(tmp_path, wants).context, *words))
+    assert code == 4, said
+    assert says in said
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--base-url", "http://127.0.0.1:1", "--insecure"], "https"),
+    (["--insecure"], "https --base-url"), (["--ca-cert", "{key}"], "https --base-url"),
+    (["--base-url", "https://127.0.0.1:1", "--key", "{key}"], "--cert"),
+    (["--base-url", "https://127.0.0.1:1", "--cert", "{ca}"], "PEM files"),
+    (["--base-url", "https://127.0.0.1:1", "--ca-cert", "{key}"], "PEM files"),
+    (["--base-url", "https://127.0.0.1:1", "--ca-cert", "/no/such"], "does not exist")])
+def test_tls_options_that_cannot_work_are_refused(
+        tmp_path: Path, words: list[str], says: str) -> None:
+    pem = Pem(tmp_path, False)
+    done = subprocess.run(
+        [sys.executable, "-m", "loadgen.cli", "run", "smoke", "--num-prompts", "1", "--out",
+         str(tmp_path / "run"), *(w.format(**{k: str(v) for k, v in vars(pem).items()})
+                                  for w in words)],
+        capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr

@@ -1,11 +1,15 @@
 """A vLLM that is launched: its command, and whole runs on a stand-in (`fake_vllm.py`). The real
 one is in test_vllm_real.py."""
 
-import os
+import contextlib
+import http.server
+import json
 import re
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +18,8 @@ from loadgen import cli
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.store import RunFolder
 from servers.base import free_port
-from servers.vllm import VllmServer, _environment
-from tests.test_cli import Said, loadgen, start
-from tests.test_end_to_end import endings, kept, processes_in, running, wait
+from servers.vllm import VllmServer, _cache_config, _environment, _scheduler_config
+from tests.real import Said, endings, kept, loadgen, processes_in, running, start, wait
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_vllm.py"))]
 BY = ["--server-cmd", " ".join(FAKE), "--model", "/models/tiny"]
@@ -58,8 +61,82 @@ def test_a_key_is_used_and_stands_in_no_command(options: list[str]) -> None:
     assert made.target.headers == {"Authorization": "Bearer sk-1"}
     assert "sk-" not in " ".join(made.command)
     assert made.command[-1] == "--enforce-eager"
-    assert made.env == {"VLLM_API_KEY": "sk-1"}
+    assert made.env["VLLM_API_KEY"] == "sk-1"
     assert "sk-1" not in str(made.facts())
+
+
+@contextlib.contextmanager
+def saying(answers: dict[str, str]) -> Iterator[str]:
+    """A server that knows these paths; its URL."""
+    class Info(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path in answers else 404)
+            self.end_headers()
+            self.wfile.write(answers.get(self.path, "").encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Info) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{it.server_port}"
+        it.shutdown()
+
+
+def test_only_a_vllm_that_nobody_else_reaches_is_in_dev_mode(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server().env == {"VLLM_SERVER_DEV_MODE": "1"}
+    assert server("--host", "0.0.0.0").env == {}
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
+    assert server().env == {"VLLM_SERVER_DEV_MODE": "0"}
+
+
+@pytest.mark.parametrize(("answer", "facts"), [
+    ({"vllm_config": {"scheduler_config": {"max_num_seqs": 256, "max_num_batched_tokens": 2048}}},
+     {"max_num_seqs": 256, "max_num_batched_tokens": 2048}),
+    ({"vllm_config": {"scheduler_config": {"max_num_seqs": None}}}, {}),
+    ({"vllm_config": "text"}, {}), ([], {}), (None, {})])
+def test_what_vllm_chose_itself_is_asked_for(answer: object, facts: dict[str, int]) -> None:
+    said = {} if answer is None else {"/server_info?config_format=json": json.dumps(answer)}
+    with saying(said) as url:
+        assert _scheduler_config(url) == facts
+    assert _scheduler_config(url) == {}
+
+
+def test_blocks_of_all_engines_are_added_up() -> None:
+    lines = [f'vllm:cache_config_info{{block_size="128",engine="{n}",num_gpu_blocks="{blocks}"}} 1'
+             for n, blocks in enumerate((500, 484))]
+    with saying({"/metrics": "\n".join(["# HELP x", *lines, "vllm:x 1"])}) as url:
+        assert _cache_config(url) == {"block_size": 128, "kv_cache_blocks": 984}
+    with saying({"/metrics": lines[0].replace("500", "None")}) as url:
+        assert _cache_config(url) == {"block_size": 128}
+    assert _cache_config(url) == {}
+
+
+START = ["(APIServer pid=1) INFO:     Application startup complete.",
+         "(EngineCore pid=2) INFO 11-21 10:00:00 [core.py:133] Initializing a V1 LLM engine "
+         "(v0.32.0) with config: model='m', tensor_parallel_size=2, pipeline_parallel_size=1, "
+         "data_parallel_size=1, quantization={}"]
+
+
+@pytest.mark.parametrize(("config", "flags", "log", "named"), [
+    (None, [], "None", None), ("awq", [], "None", "awq"), ("awq", [], "awq_marlin", "awq_marlin"),
+    (None, ["-q", "gptq"], "None", "gptq"), ("gptq", ["--quantization=gptq"], "gptq", "gptq")])
+def test_the_quantisation_is_named_by_log_or_flag_or_config(
+        tmp_path: Path, config: str | None, flags: list[str], log: str,
+        named: str | None) -> None:
+    quantized = {"quantization_config": {"quant_method": config}} if config else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **quantized}))
+    made = server(*flags, "--max-num-seqs", "8", model=str(tmp_path))
+    found = made.learned([*START[:1], START[1].format(log)])
+    assert found.get("quantization") == named
+    assert found["tensor_parallel"] == 2
+    assert found["model_config"]["model_type"] == "qwen2"
+    assert {"gpus", "driver"} <= set(found)
+
+
+def test_nothing_is_learned_before_it_serves() -> None:
+    assert server().learned(START[1:]) == {}
 
 
 def test_a_key_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +308,7 @@ def test_a_loadgen_that_is_killed_leaves_no_server_behind(tmp_path: Path, moment
 
 
 @pytest.mark.slow
-def test_serve_becomes_the_vllm(tmp_path: Path) -> None:
+def test_serve_runs_the_vllm_and_leaves_nobody_behind(tmp_path: Path) -> None:
     port = free_port()
     with start("serve", "vllm", *BY, "--port", str(port), cwd=tmp_path) as process:
         with socket.socket() as s:
@@ -241,7 +318,27 @@ def test_serve_becomes_the_vllm(tmp_path: Path) -> None:
         assert said.code in (cli.PASS, cli.INCONCLUSIVE), said.all
         assert RunFolder(tmp_path / "r").manifest().model == "/models/tiny"
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
-        for pid in processes_in(tmp_path):  # the stand-in's engine: nobody guards `serve`
-            os.kill(pid, signal.SIGKILL)
+        assert process.wait(20) == 0
         process.communicate()
+    nobody_left(tmp_path)  # nor the stand-in's engine, which hears no SIGTERM
+
+
+@pytest.mark.slow
+def test_a_serve_that_is_killed_leaves_no_engine_behind(tmp_path: Path) -> None:
+    port = free_port()
+    with start("serve", "vllm", *BY, "--port", str(port), cwd=tmp_path) as process:
+        with socket.socket() as s:
+            wait(lambda: s.connect_ex(("127.0.0.1", port)) == 0)
+        assert len(processes_in(tmp_path)) >= 4  # serve, guard, API server, engine
+        process.kill()
+        process.communicate()
+    wait(lambda: not processes_in(tmp_path), 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "code"), [
+    (["--die-as", "kv_too_small.log"], 1), (["--die-by", "9"], 137)])
+def test_serve_ends_as_the_server_did(tmp_path: Path, words: list[str], code: int) -> None:
+    said = loadgen("serve", "vllm", *BY, "--port", "0", "--", *words, cwd=tmp_path)
+    assert said.code == code, said.all
+    nobody_left(tmp_path)

@@ -15,14 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from analysis import frame
 from loadgen import cli
+from loadgen.balance import Tally
 from loadgen.record import Outcome
 from loadgen.store import RunFolder
 from servers.base import free_port
 from servers.processes import alive
-from tests import test_cli
-from tests.test_cli import LOADGEN, Said, start
-from tests.test_end_to_end import (
+from tests import real
+from tests.real import (
+    LOADGEN,
+    Said,
     endings,
     kept,
     outcomes,
@@ -30,6 +33,7 @@ from tests.test_end_to_end import (
     pid_of,
     processes_in,
     running,
+    start,
     wait,
 )
 
@@ -91,7 +95,7 @@ def launched(model: Path, *flags: str) -> list[str]:
 
 
 def loadgen(*words: str, cwd: Path, env: dict[str, str] = ENV) -> Said:
-    said = test_cli.loadgen(*words, cwd=cwd, env=env, timeout=2 * START_S)
+    said = real.loadgen(*words, cwd=cwd, env=env, timeout=2 * START_S)
     assert "Traceback" not in said.all, said.all
     return said
 
@@ -174,6 +178,25 @@ def test_what_is_asked_for_comes_back_and_is_counted_as_the_server_counts(
     assert {"running", "waiting", "kv_frac", "preemptions"} <= names
 
 
+@pytest.mark.parametrize("load", [["--concurrency", "4"], ["--rate", "8"]])
+def test_requests_and_tokens_are_those_that_the_server_s_metrics_count(
+        served: str, tmp_path: Path, load: list[str]) -> None:
+    """To the last one, over the leg's whole life: 60 requests, each awaited to its end."""
+    said = loadgen("run", str(TINY / "tiny.toml"), *load, "--num-prompts", "60", "--base-url",
+                   served, "--out", "r", "--no-report", cwd=tmp_path)
+    assert said.code in JUDGED, said.all
+    assert_records_are_what_was_asked_for(tmp_path / "r")
+    run = frame.load(tmp_path / "r")
+    [judgement], records = run.judgements, kept(tmp_path / "r")
+    books = judgement.balance
+    assert books.requests == Tally(60, 60, 60)
+    assert books.output_tok == Tally(60 * 12, 60 * 12, 60 * 12)
+    prompt_tok = sum(r.prompt_tok or 0 for r in records)
+    assert books.prompt_tok == Tally(prompt_tok, prompt_tok, prompt_tok)
+    assert not {"token-count", "foreign-load", "no-usage", "no-telemetry"} & {
+        f.rule for f in judgement.findings}
+
+
 def test_a_model_that_is_not_served_is_refused(served: str, tmp_path: Path) -> None:
     said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
                    "--base-url", served, "--model", "other", cwd=tmp_path)
@@ -209,9 +232,10 @@ def test_a_sweep_launches_a_vllm_and_another_one_after_its_worker_was_killed(
 
 def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
         model: Path, tmp_path: Path) -> None:
+    words = launched(model, "--api-key", "sk-secret")
+    at = words.index("--max-num-seqs")  # without it vLLM chooses, and has to be asked
     with start("run", str(TINY / "tiny.toml"), "--concurrency", "2", "--duration", "60s", "--out",
-               "r", *launched(model, "--api-key", "sk-secret"), cwd=tmp_path,
-               env=ENV) as process:
+               "r", *words[:at], *words[at + 2:], cwd=tmp_path, env=ENV) as process:
         wait(running(tmp_path / "r", 10), START_S)
         engine = psutil.Process(pid_of(tmp_path, "VLLM::EngineCore"))
         worker = psutil.Process(pid_of(tmp_path, "VLLM::Worker"))
@@ -228,7 +252,9 @@ def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", str(facts["version"]))
     assert facts["dtype"] == "bfloat16"
     assert facts["max_model_len"] == 4096
-    assert facts["max_num_seqs"] == 64
+    assert int(str(facts["max_num_seqs"])) > 64
+    assert int(str(facts["max_num_batched_tokens"])) > 1000
+    assert (facts["gpus"], facts["driver"]) == (None, None)
     assert facts["tensor_parallel"] == 1
     assert facts["block_size"] == 128
     assert facts["kv_cache_tok"] == 128 * int(str(facts["kv_cache_blocks"]))
@@ -253,6 +279,47 @@ def test_a_vllm_that_dies_at_its_start_is_exit_4_with_its_cause(
     assert cause in first
     assert len(context) <= 10
     assert context[-1] == "  the whole log: r/server.log"
+
+
+def test_a_flag_that_vllm_does_not_know_is_exit_4_in_its_words(
+        model: Path, tmp_path: Path) -> None:
+    said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+                   "--out", "r", *launched(model, "--no-such-flag"), cwd=tmp_path)
+    assert said.code == cli.DIED, said.all
+    assert said.err.splitlines()[0].endswith(
+        "exited with code 2; log: vllm: error: unrecognized arguments: --no-such-flag"), said.err
+
+
+def test_a_model_that_is_not_there_is_exit_4_with_the_cause(tmp_path: Path) -> None:
+    said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+                   "--out", "r", *launched(tmp_path / "nosuch"), cwd=tmp_path)
+    assert said.code == cli.DIED, said.all
+    first = said.err.splitlines()[0]
+    assert first.startswith("loadgen: the server died before it could serve: ")
+    assert str(tmp_path / "nosuch") in first
+
+
+def test_a_port_that_is_taken_is_exit_4_and_no_vllm_is_started(
+        model: Path, tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
+                       "--out", "r", *launched(model, "--port", str(port)), cwd=tmp_path)
+    assert said.code == cli.DIED, said.all
+    assert said.err == (f"loadgen: cannot listen on 127.0.0.1:{port}: Address already in use; "
+                        "choose another port with -- --port N, or none\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_serve_that_is_killed_leaves_no_engine_behind(model: Path, tmp_path: Path) -> None:
+    with start("serve", "vllm", "--server-cmd", SERVE, "--model", str(model), "--port", "0", "--",
+               *FLAGS, cwd=tmp_path, env=ENV) as process:
+        wait(lambda: any("EngineCore" in x for x in processes_in(tmp_path).values()), START_S)
+        process.kill()
+        process.communicate()
+    wait(lambda: not processes_in(tmp_path), 20)
 
 
 def test_a_loadgen_that_is_killed_while_vllm_starts_leaves_nothing_behind(

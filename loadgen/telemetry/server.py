@@ -8,10 +8,12 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Callable
 
 import aiohttp
 
-from loadgen.store import Journal, Row
+from loadgen.dial import context_of
+from loadgen.store import Row
 from loadgen.target import Target
 
 PERIOD_S = 0.5
@@ -54,29 +56,30 @@ def gpu_rows_of(answer: list[dict[str, float]], t_ns: int) -> list[Row]:
             for gpu in answer for key, name, scale in (
                 ("memory_used_bytes", "memory_used_bytes", 1),
                 ("memory_total_bytes", "memory_total_bytes", 1),
-                ("utilization_gpu", "util_frac", 0.01)) if key in gpu]
+                ("utilization_gpu", "util_frac", 0.01), ("power_w", "power_w", 1)) if key in gpu]
 
 
-async def once(target: Target, journal: Journal, keep: list[Row]) -> None:
-    """One sample of /metrics, now; gives up after `ONCE_S`. Raises StoreError."""
+async def once(target: Target) -> list[Row]:
+    """One sample of /metrics, now; none if it does not come within `ONCE_S`."""
     try:
         async with asyncio.timeout(ONCE_S), _session(target, ONCE_S) as session:
-            rows = await _scrape(session, target.base_url + "/metrics")
+            return await _scrape(session, target.base_url + "/metrics")
     except TimeoutError:
-        return
-    for row in rows:
-        journal.append(row)
-    keep += rows
+        return []
 
 
 def _session(target: Target, total_s: float) -> aiohttp.ClientSession:
     headers = {k: v for k, v in target.headers.items() if k.lower() == "authorization"}
     return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=total_s), headers=headers,
-                                 proxy=target.proxy)
+                                 proxy=target.proxy, connector=_connector(target))
 
 
-async def watch(target: Target, journal: Journal, keep: list[Row], simulated: bool) -> None:
-    """Until cancelled: appends rows to the journal and to `keep`."""
+def _connector(target: Target) -> aiohttp.TCPConnector:
+    return aiohttp.TCPConnector(ssl=context_of(target.trust))
+
+
+async def watch(target: Target, keep: Callable[[list[Row]], None], simulated: bool) -> None:
+    """Until cancelled: `keep` gets each sample's rows."""
     left = {"/metrics": float(TRIES), "/sim/gpu": TRIES if simulated else 0.0}
     async with _session(target, 2.0) as session:
         while any(left.values()):
@@ -84,9 +87,7 @@ async def watch(target: Target, journal: Journal, keep: list[Row], simulated: bo
             for path in [p for p, tries in left.items() if tries]:
                 rows = await _scrape(session, target.base_url + path)
                 left[path] = math.inf if rows else left[path] - 1
-                for row in rows:
-                    journal.append(row)
-                keep += rows
+                keep(rows)
             await asyncio.sleep(max(0.05, PERIOD_S - (time.monotonic() - began)))
 
 
@@ -109,7 +110,8 @@ async def is_healthy(target: Target) -> str | None:
     by answering at all."""
     try:
         async with (aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=5.0), proxy=target.proxy) as session,
+                timeout=aiohttp.ClientTimeout(total=5.0), proxy=target.proxy,
+                connector=_connector(target)) as session,
                     session.get(target.base_url + "/health") as answer):
             return f"/health says {answer.status}" if answer.status >= 500 else None
     except TimeoutError:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from msgspec import Struct
+
 from loadgen.balance import Counted
 from loadgen.judge import KV_FULL, ServerSigns
 from loadgen.leg import Window
@@ -9,6 +11,26 @@ from loadgen.store import Row
 
 SETTLED_NS = 400_000_000  # after a leg: the next one's first request comes no sooner
 FRESH_NS = 3_000_000_000  # a sample further from a leg than this may hold something else
+SLOWED = {  # bits of NVML's reasons for lower clocks that slow a load down; idleness does not
+    0x4: "power cap", 0x8: "hardware slowdown", 0x20: "temperature (driver)",
+    0x40: "temperature (hardware)", 0x80: "power brake"}
+
+Series = Sequence[tuple[int, float]]
+
+
+class GpuSigns(Struct, frozen=True):
+    """What the server's GPUs did over a leg. Memory is of the fullest one. None: not told."""
+
+    n: int = 0  # GPUs that were watched
+    memory_total_bytes: float | None = None
+    memory_start_bytes: float | None = None  # when the leg began …
+    memory_peak_bytes: float | None = None  # … and at most, until its last answer
+    util_frac: float | None = None  # of the measured window, mean of all
+    power_w: float | None = None  # likewise; of all together
+    sm_clock_mhz: float | None = None
+    temperature_max_c: float | None = None
+    slowed_frac: float | None = None  # of the window's samples: clocks held down …
+    slowed_by: list[str] = []  # … for these reasons
 
 
 def series(rows: Iterable[Row], source: str) -> dict[str, list[tuple[int, float]]]:
@@ -65,6 +87,59 @@ def _over_life(window: Window, points: Sequence[tuple[int, float]]) -> float | N
     settled = [v for t, v in after if t <= window.end_ns + SETTLED_NS] or [after[0][1]]
     seen = [before[-1], *during, settled[-1]]
     return None if sorted(seen) != seen else seen[-1] - seen[0]
+
+
+def gpus(rows: Iterable[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """GPU → name → series, in the order of time."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for r in rows:
+        if r.source == "gpu" and "index" in r.labels and "pid" not in r.labels:
+            found.setdefault(r.labels["index"], {}).setdefault(r.name, []).append(
+                (r.t_ns, r.value))
+    return {index: {name: sorted(at) for name, at in own.items()} for index, own in found.items()}
+
+
+def gpu_signs_of(window: Window, told: Mapping[str, Mapping[str, Series]]) -> GpuSigns:
+    """`told`: `gpus(rows)`."""
+    def life(own: Mapping[str, Series], name: str) -> list[float]:
+        return [v for t, v in own.get(name, ()) if window.t0_ns <= t <= window.end_ns]
+
+    def measured(name: str) -> list[list[float]]:
+        """Of each GPU that told of it."""
+        each = ([v for t, v in own.get(name, ()) if window.from_ns <= t < window.to_ns]
+                for own in told.values())
+        return [values for values in each if values]
+
+    def means(name: str) -> list[float]:
+        return [sum(values) / len(values) for values in measured(name)]
+
+    fullest = max(told.values(), default={},
+                  key=lambda own: max(life(own, "memory_used_bytes"), default=-1.0))
+    used = life(fullest, "memory_used_bytes")
+    total = fullest.get("memory_total_bytes", ())
+    bits = [int(v) for values in measured("throttle_bits") for v in values]
+    slow = [b for b in bits if any(b & bit for bit in SLOWED)]
+    return GpuSigns(
+        n=len(told), memory_total_bytes=total[-1][1] if total else None,
+        memory_start_bytes=used[0] if used else None, memory_peak_bytes=max(used, default=None),
+        util_frac=_mean(means("util_frac")), power_w=sum(means("power_w")) or None,
+        sm_clock_mhz=_mean(means("sm_clock_mhz")),
+        temperature_max_c=max((v for own in told.values() for v in life(own, "temperature_c")),
+                              default=None),
+        slowed_frac=len(slow) / len(bits) if bits else None,
+        slowed_by=[name for bit, name in SLOWED.items() if any(b & bit for b in slow)])
+
+
+def loaded_bytes(told: Mapping[str, Mapping[str, Series]], ready_ns: int | None) -> float | None:
+    """Memory of the fullest GPU when the server was ready, before any load: the last sample until
+    then; the first one where it is not known when that was."""
+    found = []
+    for own in told.values():
+        used = own.get("memory_used_bytes", ())
+        until = [v for t, v in used if ready_ns is not None and t <= ready_ns] or [
+            v for _, v in used[:1]]
+        found += until[-1:]
+    return max(found, default=None)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,0 +1,1 @@
+"""Hugging Face's `model.generate` behind a small web app, run by a Python that has transformers."""
