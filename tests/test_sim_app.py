@@ -389,6 +389,21 @@ def test_a_stream_interval_makes_an_event_of_so_many_tokens() -> None:
     run(test())
 
 
+def test_the_next_turn_of_a_conversation_finds_the_answer_before_it_in_the_cache() -> None:
+    async def test() -> None:
+        async with serving() as (_, port):
+            first = (await chat(port, {**HELLO, "max_tokens": 200})).json()
+            cached = (await metrics(port))["vllm:prefix_cache_hits_total"]
+            said = first["choices"][0]["message"]["content"]
+            await chat(port, {**HELLO, "messages": [
+                {"role": "user", "content": "Hello"}, {"role": "assistant", "content": said},
+                {"role": "user", "content": "And then?"}]})
+            hits = (await metrics(port))["vllm:prefix_cache_hits_total"] - cached
+        known = first["usage"]["total_tokens"] - 1
+        assert hits == known // 16 * 16
+    run(test())
+
+
 def test_tokenizing_a_long_prompt_takes_about_a_millisecond() -> None:
     prompt = "lorem ipsum dolor sit amet 推理服务 " * 300
     start_s = time.process_time()

@@ -38,7 +38,7 @@ SMALL = EngineConfig(machine(), num_blocks=64, max_model_len=512, max_num_seqs=1
 
 def request(i: int, prompt_tok: int = 100, output_tok: int = 50,
             blocks: tuple[int, ...] = ()) -> Request:
-    return Request(i, prompt_tok, output_tok, ignore_eos=True, prompt_blocks=blocks)
+    return Request(i, prompt_tok, output_tok, ignore_eos=True, blocks=blocks)
 
 
 def run(engine: Engine, limit: int = 100_000) -> list[Step]:
@@ -277,6 +277,16 @@ def test_a_request_passes_the_tokens_and_holds_them_up() -> None:
 
 
 # ---------------------------------------------------------------------------------- prefix cache
+
+
+def test_an_answers_blocks_are_found_by_whoever_repeats_it() -> None:
+    engine = Engine(SMALL)
+    blocks = tuple(range(100, 110))  # of 96 tokens of prompt and 64 of the answer
+    engine.submit(request(1, 96, 50, blocks))
+    run(engine)
+    engine.submit(request(2, 160, 1, blocks))
+    run(engine)
+    assert engine.stats.prefix_hits == 144  # 145 are in the cache: the last one was not computed
 
 
 def test_an_equal_prefix_is_computed_once() -> None:

@@ -17,7 +17,7 @@ class Choice:
                  tally: Tally, interval: int = 1) -> None:
         self.index = index
         self.prompt_tok = len(answer.ask.prompts[answer.prompt_of(index)])
-        self.script_tok = script.tokens
+        self.script_tok, self.foreseen = script.tokens, script.foreseen
         self.tokens = 0
         self.reason: str | None = None
         self.request_id = 0
