@@ -88,7 +88,8 @@ def _virtual(session: Session, server: VirtualSim, view: View,
         session.criteria, server.target, server.facts(), {}, 1))
     view.say(f"{session.scenario.name} → {server.target.model}, simulated in virtual time; records "
              f"in {folder.path}")
-    executor = _Kept(folder, VirtualExecutor(session.scenario, server.config, server.utilization))
+    executor = _Kept(folder, VirtualExecutor(
+        session.scenario, server.config, server.utilization, faults=server.faults))
 
     async def doing() -> SweepResult:
         with view:
