@@ -48,7 +48,9 @@ def _leg_row(run: Run, i: int) -> dict[str, object]:
         "misses": ", ".join(f"{k} {n}" for k, n in sorted(j.misses.items())),
         "running_mean": signs.running_mean, "waiting_mean": signs.waiting_mean,
         "kv_max_frac": signs.kv_max, "preemptions": signs.preemptions,
-        "prefix_hit_frac": signs.prefix_hit_frac, **_gpu(run.gpus[i]),
+        "prefix_hit_frac": signs.prefix_hit_frac, "queue_mean_s": signs.queue_s,
+        "prefill_mean_s": signs.prefill_s, "decode_mean_s": signs.decode_s,
+        "scrape_mean_s": signs.scrape_s, **_gpu(run.gpus[i]),
         **_generator(window, j),
         "measurement": j.measurement, "load": j.load, "reasons": "; ".join(j.reasons)}
 

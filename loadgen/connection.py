@@ -156,6 +156,11 @@ class Connection:
         elif self.open:  # the answer had ended: nobody asked for this
             self._closed(None)
 
+    @property
+    def kept(self) -> int:
+        """Bytes of stamps of reads that are not parsed yet."""
+        return len(self._kept_stamps)
+
     def catch_up(self) -> bool:
         """Parses what was kept. False: it was no HTTP, and the sink has heard so."""
         kept = self._kept

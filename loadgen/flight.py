@@ -95,6 +95,12 @@ class Flight:
         assert self.record is not None
         return self.record
 
+    @property
+    def came(self) -> int:
+        """Grows with each read of the answer's body."""
+        kept = 0 if self._connection is None else self._connection.kept
+        return kept + len(self.stamps) + self.recorder.n_events
+
     def cancel(self) -> None:
         """Its record is there when this returns."""
         self._land(Outcome.CANCELLED, None)

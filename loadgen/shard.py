@@ -70,6 +70,9 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     inflight: int = 0
     done: int = 0
     done_good: int = 0
+    streams: int = 0  # of those in flight: have begun
+    silent_s: float = 0.0  # since anything came on any of those in flight …
+    usual_s: float = 0.0  # … and the longest that was before, since the process began
     complete: bool = False  # the window is over and all that was due in it has ended
     sampled: int = 0  # ended requests that were due in the window …
     good: int = 0  # … and the good ones among them
@@ -78,6 +81,23 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     health: Health | None = None  # with `ended` only
     stopped_ns: int | None = None
     failed: str | None = None
+
+
+class Hush:
+    """How long nothing has come at all, as far as two looks a second can tell."""
+
+    def __init__(self) -> None:
+        self.usual_s = 0.0
+        self._seen: object = None
+        self._since_ns: int | None = None  # None: nothing is in flight
+
+    def look(self, now_ns: int, inflight: int, seen: object) -> float:
+        """`seen`: whatever changes when a byte comes or a request ends. s."""
+        if not inflight or self._since_ns is None or seen != self._seen:
+            if self._since_ns is not None:
+                self.usual_s = max(self.usual_s, (now_ns - self._since_ns) / 1e9)
+            self._since_ns, self._seen = (now_ns if inflight else None), seen
+        return 0.0 if self._since_ns is None else (now_ns - self._since_ns) / 1e9
 
 
 class Shard:
@@ -91,6 +111,7 @@ class Shard:
             checked, {c.name: checked.slo_of(c.name) for c in checked.classes}, setup.ratios,
             client, journal, setup.shard, setup.of, itertools.count())
         self.running: LegRun | None = None
+        self._hush = Hush()
         self.leased_ns = now_ns()
 
     def begin(self, leg: Leg, t0_ns: int) -> LegRun:
@@ -136,9 +157,12 @@ class Shard:
 
     def _frame(self, kind: Literal["progress", "ended"], run: LegRun) -> Frame:
         pulse, ended = self._pulse, kind == "ended"
+        streams, came = self.work.client.came()
+        silent_s = self._hush.look(now_ns(), self.work.client.inflight, (run.done, came))
         return Frame(kind=kind, leg=run.leg.id, t_ns=now_ns(), inflight=self.work.client.inflight,
                      done=run.done, done_good=run.done_good, complete=run.complete,
-                     sampled=run.sampled, good=run.good,
+                     sampled=run.sampled, good=run.good, streams=streams, silent_s=silent_s,
+                     usual_s=self._hush.usual_s,
                      outcomes=dict(run.outcomes), stalls=pulse.stalls,
                      health=self._health(run) if ended else None,
                      stopped_ns=run.stopped_ns,
