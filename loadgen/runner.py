@@ -137,8 +137,10 @@ async def _session(session: Session, view: View,
     async with AsyncExitStack() as stack:
         watcher = Watcher(view.say)
         stack.push_async_callback(watcher.close)
-        stack.push_async_callback(asyncio.to_thread, session.server.stop)
         launched = session.server.facts()["kind"] != "remote"
+        if launched:
+            stack.callback(watcher.stopped)
+        stack.push_async_callback(asyncio.to_thread, session.server.stop)
         if launched and _watches_gpus(session, here=True):
             watcher.begin_gpus()  # before it loads its model
         target = await _ready(session, view, watcher)

@@ -136,6 +136,11 @@ class Watcher:
         self._to(health.died(self._health, named))
         return named
 
+    def stopped(self) -> None:
+        """By us, at the end; of one that had died, its death stays the last word."""
+        if self._health.named.state not in health.DEAD:
+            self.dead(Named("STOPPED", "by us, at the end"))
+
     def look(self, inflight: int) -> None:
         """Twice a second while a leg runs."""
         t_ns = now_ns()
