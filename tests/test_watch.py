@@ -58,6 +58,8 @@ def test_a_log_that_grows_faster_than_it_is_read_holds_nobody_up(tmp_path: Path)
 
 @pytest.mark.parametrize(("line", "kind"), [
     ("(Worker pid=5) ERROR 11-20 [m.py:3] torch.OutOfMemoryError: CUDA out of memory.", "oom"),
+    ("ERROR 11-20 [app.py] out of memory while 3 requests were generating", "oom"),
+    ("INFO 11-20 [x.py:3] free of what may run out of memory", None),
     ("WARNING 11-20 [scheduler.py:1] Sequence group 0 is preempted by RECOMPUTE", "preemption"),
     ("WARNING: GPU 0 throttled", "throttle"), ("ERROR 11-20 [x.py:3] boom", "error"),
     ("WARNING 11-20 [x.py:3] hm", "warning"), ("INFO 11-20 fine", None), ("", None)])

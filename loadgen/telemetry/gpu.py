@@ -39,9 +39,13 @@ async def watch(keep: Callable[[list[Row]], None], say: Callable[[str], None],
                 command: Sequence[str] = COMMAND, silent_s: float = SILENT_S) -> None:
     """Until cancelled, or until the sampler ends: `keep` gets each sample's rows, `say` what
     cannot be watched, once each."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL, limit=2**22, process_group=0)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL, limit=2**22, process_group=0)
+    except OSError as e:
+        say(f"no GPU is watched: its sampler cannot be started: {e}")
+        return
     assert process.stdout is not None
     hung = False
     try:

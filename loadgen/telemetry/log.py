@@ -10,7 +10,7 @@ MOST_BYTES = 2**18  # of one look; what is beyond is skipped: a level must not h
 LONGEST = 300
 
 KINDS = (  # the first that fits
-    ("oom", r"OutOfMemoryError|CUDA out of memory"),
+    ("oom", r"OutOfMemoryError|CUDA out of memory|ERROR\b.*out of memory"),
     ("preemption", r"\b[Pp]reempt(?:ed|ion|ing)"),
     ("throttle", r"\b[Tt]hrottl|\btoo hot\b|power brake"),
     ("error", r"\bERROR\b|\bCRITICAL\b|^Traceback \("),
