@@ -12,8 +12,7 @@ import pytest
 
 from loadgen import cli
 from loadgen.store import RunFolder
-from tests.test_cli import loadgen, start
-from tests.test_end_to_end import FAST, endings, kept, over, running, wait
+from tests.real import FAST, endings, kept, loadgen, over, running, start, wait
 
 pytestmark = pytest.mark.slow
 

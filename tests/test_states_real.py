@@ -10,8 +10,7 @@ import pytest
 
 from loadgen import cli
 from tests import test_vllm_real as real
-from tests.test_cli import start
-from tests.test_end_to_end import endings, over, pid_of, processes_in, running, wait
+from tests.real import endings, over, pid_of, processes_in, running, start, wait
 from tests.test_states import states, summary
 from tests.test_vllm_real import ENV, START_S, TINY, launched, model, nobody_is_left
 
