@@ -95,11 +95,11 @@ def suspicious(s: Silence) -> bool:
 
 
 def hung(s: Silence, answers: bool | None) -> Named:
-    """`answers`: whether /health says 200; None: it does not answer in time."""
+    """`answers`: whether /health says 200; None: nothing, in time."""
     n = s.streams + s.waiting
     of = f"any of {n} streams" if n > 1 else "its one stream"
     health = {True: "/health says 200", False: "/health says it is not well",
-              None: "/health does not answer"}[answers]
+              None: "/health tells nothing"}[answers]
     return Named("HUNG", f"no token on {of} for {s.silent_s:.0f} s (the longest pause before was "
                  f"{s.usual_s:.1f} s), while its process runs and {health}")
 

@@ -60,9 +60,12 @@ def step(state: State, event: Event) -> tuple[State, Action]:
     """The new state and what to do."""
     change = msgspec.structs.replace
     if isinstance(event, Begin):
-        state = change(state, dead=False)
-    else:
-        state = change(state, judged=(*state.judged, event), dead=event.died)
+        return act(change(state, dead=False))
+    return act(change(state, judged=(*state.judged, event), dead=event.died))
+
+
+def act(state: State) -> tuple[State, Action]:
+    change = msgspec.structs.replace
     value = _next(state)
     if isinstance(value, Done):
         return state, value
@@ -125,8 +128,7 @@ async def search(plan: SweepPlan, found: SweepResult, scenario: Scenario, execut
     """Goes on where a sweep ended; its answer stands, whatever comes of this."""
     before = found.judgements
     state = State(plan, tuple(before), dead=bool(before) and before[-1].died)
-    state, action = step(state, before[-1]) if state.dead else step(state, Begin())
-    state = msgspec.structs.replace(state, judged=tuple(before))
+    state, action = act(state)
     while not isinstance(action, Done):
         event: Event = Begin()
         if isinstance(action, Restart):

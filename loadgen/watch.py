@@ -3,6 +3,7 @@ folder's journals of them, and what could not be kept. If a row cannot be kept, 
 level whose KV cache nobody saw must not be called safe."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -199,5 +200,5 @@ class Watcher:
 def _hand_over(loop: asyncio.AbstractEventLoop, keep: Callable[[list[Row]], None],
                rows: list[Row]) -> None:
     """From another thread; a loop that is closed wants no rows."""
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(keep, rows)

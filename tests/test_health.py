@@ -88,7 +88,7 @@ def test_a_hang_says_what_it_rests_on() -> None:
     named = health.hung(Silence(streams=8, silent_s=12.3, usual_s=0.52), answers=True)
     assert str(named) == ("HUNG: no token on any of 8 streams for 12 s (the longest pause before "
                           "was 0.5 s), while its process runs and /health says 200")
-    assert "does not answer" in health.hung(Silence(streams=1, silent_s=12), None).why
+    assert "tells nothing" in health.hung(Silence(streams=1, silent_s=12), None).why
 
 
 # ---------------------------------------------------------------------------------------- strain
