@@ -34,7 +34,7 @@ def sends(sig: int, name: str) -> Callable[[Path], None]:
     (raises("oom"), "OOM_RUNTIME", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate"),
     (raises("boom"), "ENGINE_DEAD", "RuntimeError: boom"),
     (sends(signal.SIGKILL, "VLLM::Worker"), "KILLED", "VllmWorker-0 died unexpectedly"),
-    (sends(signal.SIGKILL, "VLLM::EngineCore"), "KILLED", "died unexpectedly"),
+    (sends(signal.SIGKILL, "VLLM::EngineCore"), "KILLED", "ended without a word"),
     (sends(signal.SIGSTOP, "VLLM::Worker"), "HUNG", "/health says 200")],
     ids=["oom", "raises", "worker killed", "engine killed", "worker stopped"])
 def test_what_befalls_an_engine_under_load_is_named(
