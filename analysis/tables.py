@@ -16,7 +16,7 @@ from loadgen import metrics
 VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
 FIRST = 11  # columns of steps.HEADS that fit a page together
 MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemptions", "prefix hits",
-        "queue / prefill / decode", "GPU GiB", "GPU busy")
+        "queue / prefill / decode", "GPU GiB", "GPU busy", "server GiB", "server cores")
 GENERATOR = ("leg", "sent late, p99", "loop lag, p99", "CPU", "waited for a core", "dropped",
              "stood still", "GC", "descriptors")
 GPU = ("leg", "GiB at start", "GiB peak", "over after load", "of GiB", "busy", "power", "SM clock",
@@ -46,7 +46,7 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         yield f'<p class="muted">{escape(deaths.sentence(run) or "It did not die.")}</p>'
         yield _table(("at", "leg", "state", "evidence"), (
             [duration(s["t_s"]), s["leg"] or "–", s["state"], (s["why"] or "").ljust(41)]
-            for s in deaths.states(run)))
+            for s in deaths.states(run) if s["why"] or s["state"] == "STARTING"))
     if any(gpu.n for gpu in run.gpus):
         yield "<h2>The server’s GPUs</h2>"
         yield f'<p class="muted">{escape(gpus.sentence(run) or "")} {GPU_NOTE}</p>'
@@ -97,7 +97,8 @@ def _more(r: Mapping[Any, Any]) -> list[str]:
             percent(r["prefix_hit_frac"]), " / ".join(
                 duration(r[f"{x}_mean_s"]) for x in ("queue", "prefill", "decode")),
             number(r["gpu_memory_peak_gib"], ".1f"),
-            percent(r["gpu_util_frac"])]
+            percent(r["gpu_util_frac"]), number(r["server_rss_gib"]),
+            number(r["server_cpu_cores"], ".2f")]
 
 
 def _gpu(run: Run, r: Mapping[Any, Any]) -> list[str]:

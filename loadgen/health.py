@@ -36,7 +36,8 @@ _MEMORY = re.compile(
     r"|No available memory for the cache blocks|larger than the available KV cache memory"
     r"|[Ff]ree memory on device .* less than desired|Available memory on node|"
     r"not enough (?:GPU )?memory|memory.{0,40}insufficient", re.IGNORECASE)
-_KILLED = re.compile(r"killed by signal (\d+)|died unexpectedly.*exit code: -(\d+)")
+_KILLED = re.compile(  # a process that ends by itself says why, and has an exit code
+    r"killed by signal|ended without a word|died unexpectedly(?!.*exit code: \d)")
 _EXITED = re.compile(r"killed by signal|exited with code")
 _REFUSED = re.compile(r"cannot be reached")
 

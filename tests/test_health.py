@@ -49,6 +49,14 @@ def test_a_signal_that_we_did_not_send_is_a_kill_and_one_that_we_sent_a_stop() -
     assert health.death(why, ready=True, stopped=True).state == "STOPPED"
 
 
+@pytest.mark.parametrize(("said", "state"), [
+    ("(exit code: -9)", "KILLED"), ("(exit code: None)", "KILLED"),  # it looked before the kernel
+    (", shutting down client.", "KILLED"), ("(exit code: 1)", "ENGINE_DEAD")])
+def test_a_worker_that_ended_without_a_word_was_killed(said: str, state: State) -> None:
+    why = f"its process exited with code 0; log: Worker proc VllmWorker-0 died unexpectedly {said}"
+    assert health.death(why, ready=True).state == state
+
+
 def test_a_kill_by_the_kernel_for_memory_is_out_of_memory() -> None:
     why = "its process exited with code 0; log: Worker proc died unexpectedly (exit code: -9)"
     named = health.death(why, True, "the kernel killed 1 process of its cgroup for memory")

@@ -33,8 +33,8 @@ def sends(sig: int, name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(("harm", "state", "says"), [
     (raises("oom"), "OOM_RUNTIME", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate"),
     (raises("boom"), "ENGINE_DEAD", "RuntimeError: boom"),
-    (sends(signal.SIGKILL, "VLLM::Worker"), "KILLED", "died unexpectedly (exit code: -9)"),
-    (sends(signal.SIGKILL, "VLLM::EngineCore"), "ENGINE_DEAD", "EngineCore"),
+    (sends(signal.SIGKILL, "VLLM::Worker"), "KILLED", "VllmWorker-0 died unexpectedly"),
+    (sends(signal.SIGKILL, "VLLM::EngineCore"), "KILLED", "ended without a word"),
     (sends(signal.SIGSTOP, "VLLM::Worker"), "HUNG", "/health says 200")],
     ids=["oom", "raises", "worker killed", "engine killed", "worker stopped"])
 def test_what_befalls_an_engine_under_load_is_named(

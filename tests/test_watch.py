@@ -189,6 +189,33 @@ def test_a_server_that_is_gone_is_not_waited_for() -> None:
     assert asyncio.run(test()) < 0.5
 
 
+@pytest.mark.parametrize(("status", "ours", "asked"), [
+    ("200 OK", True, 2), ("404 Not Found", True, 1), ("200 OK", False, 0)])
+def test_a_prefix_cache_is_emptied_before_each_level_where_the_server_is_ours_and_offers_it(
+        tmp_path: Path, status: str, ours: bool, asked: int) -> None:
+    heads: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append((await reader.readuntil(b"\r\n")).decode())
+        post = heads[-1].startswith("POST")
+        writer.write(whole(status if post else "404 Not Found", b""))
+        writer.close()
+
+    async def test() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        watcher = Watcher(print)
+        watcher._target = Target(f"http://127.0.0.1:{port}", "m")
+        watcher.started(None, tmp_path / "log", forgets=ours)
+        for _ in range(2):
+            await watcher.cool_down()
+        await watcher.close()
+        server.close()
+        await server.wait_closed()
+    asyncio.run(test())
+    assert heads.count("POST /reset_prefix_cache HTTP/1.1\r\n") == asked
+
+
 # ------------------------------------------------------------------------- prompts and the cache
 
 

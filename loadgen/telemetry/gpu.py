@@ -59,6 +59,7 @@ async def watch(keep: Callable[[list[Row]], None], say: Callable[[str], None],
                 hung = True
                 continue
             if not line:
+                await _ended(process)  # to signal it now would be to reap it behind asyncio's back
                 return
             found = _decode(line)
             if found.says is not None:
@@ -72,8 +73,14 @@ async def watch(keep: Callable[[list[Row]], None], say: Callable[[str], None],
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await _ended(process)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Or not: who hangs in the driver ends when the driver lets it."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(1):  # who hangs in the driver ends when the driver lets it
+        async with asyncio.timeout(1):
             await process.wait()
