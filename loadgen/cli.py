@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from loadgen import __version__, scenario
 from loadgen.errors import (
@@ -23,9 +24,11 @@ from loadgen.leg import Leg
 from loadgen.options import (
     WORDS,
     Group,
+    asked_for,
     duration,
     finite,
     headers_of,
+    hidden_in,
     kind,
     launched_of,
     launches,
@@ -71,10 +74,14 @@ def main() -> None:
 @click.option("--budget", callback=duration, metavar="10m", default=DEFAULT_BUDGET,
               show_default=True,
               help="Time the whole search may take.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN",
+              help="Go on with a search that was stopped: load, scenario, seed and server are the "
+              "folder's. Beside it only --api-key, --header, --proxy and --no-report may stand.")
 @target_options
 @click.pass_obj
 def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | None,
-          max_rate: float | None, levels: str | None, budget: Seconds, **options: Any) -> None:
+          max_rate: float | None, levels: str | None, budget: Seconds, resume: Path | None,
+          **options: Any) -> None:
     """How much load is safe? Climbs a ladder of levels, then proves the highest good one.
 
     \b
@@ -82,7 +89,10 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     loadgen sweep chat --max-concurrency 64 --base-url http://127.0.0.1:8000 --slo ttft=500ms
     loadgen sweep --max-rate 8 --server sim -- --gpu h200 --model qwen2.5-7b
     loadgen sweep --max-concurrency 128 --server vllm --model Qwen/Qwen2.5-7B-Instruct -- -tp 2
+    loadgen sweep --resume runs/20261121-011500-mixed
     """
+    if resume is not None:
+        _go_on(resume, server_options, options)
     from loadgen.ramp import SweepPlan  # noqa: PLC0415  (heavy imports wait for the command)
 
     if (max_concurrency is None) == (max_rate is None):
@@ -340,6 +350,42 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)
     raise SystemExit(code)
+
+
+SECRETS = ("api_key", "headers", "proxy")  # what a manifest does not hold
+OF_RESUME = {"resume", "report", *SECRETS}
+
+
+def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -> None:
+    """A search that was stopped, to its exit code."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from loadgen import resume, runner  # noqa: PLC0415
+    from loadgen.view import View  # noqa: PLC0415
+
+    context = click.get_current_context()
+    others = [p.opts[0] for p in context.command.params if p.name not in OF_RESUME
+              and context.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
+    if others:
+        raise click.UsageError(f"--resume goes on with what the folder says: leave out "
+                               f"{', '.join(others)}")
+    before = resume.stopped(folder)
+    asked, own = asked_for(main, before.manifest.command[1:])
+    options = {**asked, **{k: given[k] for k in SECRETS if given[k]}}
+    hidden = hidden_in({k: options[k] for k in SECRETS}, server_options or own)
+    if hidden:
+        raise click.UsageError(f"{folder} holds no secrets: give {hidden} again")
+    criteria = before.plan.criteria
+    session = runner.Session(
+        scenario=scenario.parse(before.manifest.scenario, where=f"{folder}/manifest.json"),
+        server=server_of(options, server_options or own, folder), out=folder, criteria=criteria,
+        seed=before.manifest.seed,
+        model=None if launches(options) else options["model"] or before.manifest.model,
+        headers=headers_of(options), processes=before.manifest.processes,
+        command=before.manifest.command[1:], patience_s=options["start_timeout"],
+        gpus=options["gpus"])
+    result = runner.run_sweep(session, before.plan, View(Console(), before.plan.budget_s), before)
+    raise SystemExit(_conclude(folder, None, given["report"], result))
 
 
 def _run_name(chosen: Scenario) -> str:
