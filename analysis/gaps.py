@@ -83,25 +83,30 @@ def flatten(texts: Sequence[Raw]) -> tuple[Ints, Ints] | None:
     given = np.frombuffer(blob, np.uint8)
     marks = np.flatnonzero(given - np.uint8(48) > 9)  # what is no digit wraps to over 9
     length = np.diff(marks) - 1
-    some = length > 0
     if length.max(initial=0) > DIGITS:
         return None
-    before = np.append(0, np.cumsum(some))  # how many numbers end up to a mark
-    opens = np.flatnonzero(given[marks] == ord("["))[len(PAD):]
-    counts = np.diff(np.append(before[opens], before[-1]))
-    return _numbers(blob, marks[1:][some], length[some]), counts
+    opens = np.flatnonzero(given == ord("["))[len(PAD):]
+    at = np.searchsorted(marks, opens)
+    empty = given[opens + 1] == ord("]")
+    counts = np.diff(np.append(at, len(marks))) - 1 - empty
+    ends = np.ones(len(length), bool)  # of the marks but the first: a number ends there
+    ends[at - 1] = ends[at[empty]] = ends[:len(PAD) - 1] = False
+    return _numbers(blob, marks[1:], length)[ends], counts
 
 
-def _numbers(blob: bytes, ends: Ints, length: Ints) -> Ints:
-    """Numbers of at most 8 digits that end before the bytes `ends`: the 8 bytes there are one word,
-    in which digits become pairs, pairs become fours, and fours the number."""
-    words = np.ndarray(len(blob) - 7, "<u8", blob, strides=(1,))[ends - 8]
-    others = ((8 - length) * 8).astype(np.uint64)
+def _numbers(blob: bytes, marks: Ints, length: Ints) -> Ints:
+    """The numbers of at most 8 digits that end before the bytes `marks`, anything where there is
+    none: the 8 bytes there are one word, in which digits become pairs, pairs become fours, and
+    fours the number (each step multiplies and adds two neighbours at once)."""
+    words = np.ndarray(len(blob) - 7, "<u8", blob, strides=(1,))[np.maximum(marks - 8, 0)]
+    others = ((8 - length) << 3).view(np.uint64)
     words >>= others  # the first byte is the lowest: what stands before the number falls out …
     words <<= others  # … and zeros come in
     words &= _U(0x0F0F0F0F0F0F0F0F)
-    words = (words * _U(10) + (words >> _U(8))) & _U(0x00FF00FF00FF00FF)
-    words = (words * _U(100) + (words >> _U(16))) & _U(0x0000FFFF0000FFFF)
-    words = (words * _U(10_000) + (words >> _U(32))) & _U(0xFFFFFFFF)
+    for neighbours, bits, keep in ((10, 8, 0x00FF00FF00FF00FF), (100, 16, 0x0000FFFF0000FFFF),
+                                   (10_000, 32, 0x00000000FFFFFFFF)):
+        words *= _U((neighbours << bits) + 1)
+        words >>= _U(bits)
+        words &= _U(keep)
     numbers: Ints = words.astype(np.int32)
     return numbers

@@ -303,40 +303,48 @@ def window_tok(r: RequestRecord, gaps_us: Sequence[int], event_tok: Sequence[int
 
 def _sum_up(batch: Sequence[Digest], gaps: Column, counts: Column,
             window: Window | None) -> None:
-    """The same of a whole batch. `gaps`: all of it, one record's after the other's."""
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    """The same of a whole batch. `gaps`: all of it, one record's after the other's. How many of a
+    record's events came before an instant is looked up in the gaps' running total, so that no
+    event has a stamp of its own."""
+    ends = np.cumsum(counts)
+    heads = ends - counts
     total = np.concatenate([[0], np.cumsum(gaps, dtype=np.int64)])
-    sums = (total[offsets[1:]] - total[offsets[:-1]]).tolist()
+    sums = total[ends] - total[heads]
     longest = np.zeros(len(batch), np.int64)
     some = counts > 0
     if some.any():
-        longest[some] = np.maximum.reduceat(gaps, offsets[:-1][some])
-    first = np.array([-1 if r.first_ns is None else r.first_ns for r in batch], np.int64)
-    events = counts + 1
-    ends = np.cumsum(events)
-    heads = ends - events
-    stamps = np.empty(int(ends[-1]), np.int64)
-    after = np.ones(len(stamps), bool)
-    after[heads] = False
-    stamps[heads] = first
-    stamps[after] = np.repeat(first - 1000 * total[offsets[:-1]], counts) + 1000 * total[1:]
-    seconds = stamps // S
-    turns = np.ones(len(stamps), bool)
-    turns[1:] = seconds[1:] != seconds[:-1]
-    turns[heads] = True
-    at = np.flatnonzero(turns)
-    which, many = seconds[at], np.diff(np.append(at, len(stamps)))
-    edges = np.searchsorted(at, np.append(heads, len(stamps))).tolist()
+        longest[some] = np.maximum.reduceat(gaps, heads[some])
+    first = np.array([-S if r.first_ns is None else r.first_ns for r in batch], np.int64)
+    last = first + 1000 * sums
+
+    def before(which: Column, ns: Column) -> Column:
+        """Events of these records that came before these instants."""
+        begun, over = first[which], last[which] < ns
+        at = np.searchsorted(total, -(-(ns - begun) // 1000) + total[heads[which]]) - heads[which]
+        found: Column = np.where(ns <= begun, 0, np.where(over, counts[which] + 1, at))
+        return found
+
+    spans = last // S - first // S + 1
+    edges = np.cumsum(spans)
+    which = np.repeat(np.arange(len(batch)), spans)
+    seconds = np.arange(len(which)) + np.repeat(first // S - (edges - spans), spans)
+    many = before(which, (seconds + 1) * S) - before(which, seconds * S)
+    some_came = many > 0
     inside = None
     if window is not None:
-        held = np.cumsum(np.concatenate([[0], (stamps >= window.from_ns)
-                                         & (stamps < window.to_ns)]))
-        inside = (held[ends] - held[heads]).tolist()
-    for i, (r, n, total_us, longest_us) in enumerate(zip(
-            batch, counts.tolist(), sums, longest.tolist(), strict=True)):
+        all_of = np.arange(len(batch))
+        inside = (before(all_of, np.full(len(batch), window.to_ns))
+                  - before(all_of, np.full(len(batch), window.from_ns))).tolist()
+    starts = (edges - spans).tolist()
+    for i, (r, n, total_us, longest_us, start, stop) in enumerate(zip(
+            batch, counts.tolist(), sums.tolist(), longest.tolist(), starts, edges.tolist(),
+            strict=True)):
         r.n_gaps, r.sum_us, r.longest_us = n, total_us, longest_us
         if r.first_ns is not None:
-            r.seconds = which[edges[i]:edges[i + 1]], many[edges[i]:edges[i + 1]]
+            r.seconds = seconds[start:stop], many[start:stop]
+            if not some_came[start:stop].all():
+                came = some_came[start:stop]
+                r.seconds = r.seconds[0][came], r.seconds[1][came]
             if inside is not None and r.output_tok:
                 r.window_tok = float(inside[i]) * r.output_tok / (n + 1)
 
