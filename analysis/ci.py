@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pandas as pd
 from msgspec import Struct
 
-from analysis import words
+from analysis import phrases, words
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from loadgen.judge import Judgement
@@ -79,7 +79,7 @@ def _legs(run: Run) -> list[Case]:
         cases.append(Case(
             leg.id, (window.end_ns - window.t0_ns) / 1e9,
             "skipped" if found and result != "passed" else result,
-            f"{kind} at {words.load_of(run, j.value)}: {'; '.join(j.reasons)}",
+            f"{kind} at {phrases.load_of(run, j.value)}: {'; '.join(j.reasons)}",
             [f"{f.verdict}: {f.says}. Remedy: {f.remedy}." for f in j.findings],
             {x: f"{row[x]:.6g}" for x in NUMBERS if pd.notna(row[x])}))
     return cases

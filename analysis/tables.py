@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import charts, gpus, steps, words
+from analysis import charts, gpus, phrases, steps
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from analysis.words import Answer
@@ -62,7 +62,7 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         reasons = sorted({x for j in missed for x in j.misses})
         yield "<h2>Misses by reason</h2>"
         yield '<p class="muted">A request may break several limits.</p>'
-        yield _table(("leg", "n", "missed", *(words.NAMES.get(x, x) for x in reasons)),
+        yield _table(("leg", "n", "missed", *(phrases.NAMES.get(x, x) for x in reasons)),
                      ([j.leg, str(j.n), str(j.n - j.good),
                        *(str(j.misses.get(x, "")) for x in reasons)] for j in missed))
     f = run.frame[run.frame["error"] != ""]
