@@ -1,5 +1,5 @@
 """What a run folder gets at its end: records.parquet, the report, junit.xml and summary.md for
-build servers, summary.json."""
+build servers, verdict.json, summary.json."""
 
 import math
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from analysis import ci, frame, generator, gpus, journals, knee, words
+from analysis import ci, frame, gate, generator, gpus, journals, knee, words
 from analysis.frame import Run
 from loadgen.scenario import Slo
 
@@ -28,6 +28,7 @@ def finish(path: Path, slo: Slo | None = None, report: bool = True) -> Run:
         reports.write(run)
     run.folder.write("junit.xml", ci.junit(run).encode())
     run.folder.write("summary.md", ci.markdown(run).encode())
+    run.folder.write("verdict.json", gate.encoded(run))
     run.folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summarise(run))))
     return run
 

@@ -13,6 +13,14 @@ from click.core import ParameterSource
 
 from loadgen import __version__, scenario
 from loadgen.errors import (
+    DIED,
+    INCONCLUSIVE,
+    INTERRUPTED,
+    INVALID,
+    PASS,
+    PRECEDENCE,
+    SLO_MISSED,
+    USAGE,
     FolderError,
     GeneratorError,
     LoadgenError,
@@ -42,9 +50,10 @@ from loadgen.options import (
 from loadgen.scenario import Closed, Open, Scenario, Seconds, Slo, Trace
 from loadgen.target import base_of
 
-PASS, SLO_MISSED, USAGE, INVALID, DIED, INCONCLUSIVE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 _EXIT = {ScenarioError: USAGE, FolderError: USAGE, ServerError: DIED, StoreError: INVALID,
          GeneratorError: INVALID}
+__all__ = ["DIED", "INCONCLUSIVE", "INTERRUPTED", "INVALID", "PASS", "SLO_MISSED", "USAGE", "entry",
+           "main"]
 DEFAULT_BUDGET = "230s"
 
 
@@ -170,19 +179,56 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
     _measure(name, server_options, options, measure, None, (float(value), axis))
 
 
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def _print_schema(context: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from analysis import gate  # noqa: PLC0415
+
+        click.echo(gate.schema().decode(), nl=False)
+        context.exit()
+
+
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
               help="Judge by these limits instead.")
 @click.option("--html/--no-html", default=True, show_default=True, help="Write report.html.")
-def report(folder: Path, slos: tuple[str, ...], html: bool) -> None:
+@click.option("--junit", type=FILE, metavar="FILE", help="JUnit XML, also there.")
+@click.option("--markdown", type=FILE, metavar="FILE", help="The summary in Markdown, also there.")
+@click.option("--json", "json_file", type=FILE, metavar="FILE",
+              help="The verdict as JSON, also there. Its schema: --schema.")
+@click.option("--step-summary", is_flag=True,
+              help="Append the summary to the file that $GITHUB_STEP_SUMMARY names.")
+@click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
+              help="Print the JSON Schema of verdict.json.")
+def report(folder: Path, slos: tuple[str, ...], html: bool, junit: Path | None,
+           markdown: Path | None, json_file: Path | None, step_summary: bool) -> None:
     """Remake tables, verdict and report of a run from its journals; as a gate in CI, too.
 
     \b
     loadgen report runs/20261121-011500-mixed
     loadgen report runs/20261121-011500-mixed --slo ttft=1s
+    loadgen report runs/ci --no-html --junit junit.xml --json verdict.json --step-summary
     """
-    raise SystemExit(_conclude(folder, slo_of(slos), html))
+    from analysis import gate  # noqa: PLC0415
+
+    code = _conclude(folder, slo_of(slos), html)
+    for name, copy in (("junit.xml", junit), ("summary.md", markdown), ("verdict.json", json_file)):
+        if copy is not None:
+            gate.write(copy, (folder / name).read_bytes())
+    if step_summary:
+        _append_to_step_summary((folder / "summary.md").read_text(encoding="utf-8"))
+    raise SystemExit(code)
+
+
+def _append_to_step_summary(text: str) -> None:
+    import os  # noqa: PLC0415
+
+    if path := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(path).open("a", encoding="utf-8") as f:
+            f.write(text)
 
 
 @main.command()
@@ -302,13 +348,10 @@ def campaign(file: Path, out: Path | None) -> None:
         csv.writer(f).writerows([campaigns.COLUMNS, *rows])
     (folder / "campaign.md").write_text(campaigns.markdown(rows), encoding="utf-8")
     click.echo("\n" + campaigns.markdown(rows))
-    raise SystemExit(next(c for c in _PRECEDENCE if c in codes))
+    raise SystemExit(next(c for c in PRECEDENCE if c in codes))
 
 
 # -------------------------------------------------------------------------------------- inside
-
-
-_PRECEDENCE = (INTERRUPTED, USAGE, INVALID, DIED, SLO_MISSED, INCONCLUSIVE, PASS)
 
 
 def _invoke(words: list[str]) -> int:
@@ -419,35 +462,9 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
 
 
 def _exit_code(finished: Any, result: Any) -> int:
-    """130 > 2 > 3 > 4 > 1 > 5 > 0, of a run over all its legs. A sweep that found its safe level
-    passes even if a higher one killed the server."""
-    stop = result.stop if result is not None else None
-    endings = [window.ending for _, window in finished.legs]
-    if stop == "interrupted" or (stop is None and endings[-1:] == ["interrupted"]):
-        return INTERRUPTED
-    last = finished.judgements[-1] if finished.judgements else None
-    if last is None:
-        return INVALID
-    if finished.is_run:
-        codes = {_leg_code(j) for j in finished.judgements}
-        return next(c for c in _PRECEDENCE if c in codes)
-    answer = finished.conclusion
-    if stop == "failed" or endings[-1:] == ["failed"]:
-        return INVALID
-    if answer.safe is not None:
-        return PASS
-    if stop == "GENERATOR_LIMIT" or (last is not None and last.measurement == "INVALID"):
-        return INVALID
-    if stop == "SERVER_DIED" or (last is not None and last.died):
-        return DIED
-    return SLO_MISSED if answer.load == "UNSAFE" else INCONCLUSIVE
+    from analysis import gate  # noqa: PLC0415
 
-
-def _leg_code(j: Any) -> int:
-    """Of a leg that was asked for as such."""
-    if j.measurement == "INVALID":
-        return INVALID
-    return DIED if j.died else {"SAFE": PASS, "UNSAFE": SLO_MISSED}.get(j.load, INCONCLUSIVE)
+    return gate.exit_code(finished, result.stop if result is not None else None)
 
 
 def entry(words: list[str] | None = None) -> None:
