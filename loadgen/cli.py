@@ -290,17 +290,46 @@ def doctor(base_url: str | None, calibrate: bool) -> None:
 @main.command()
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))
-def compare(base: Path, new: Path) -> None:
+@click.option("--max-regression", "limits", multiple=True, metavar="FIGURE=SHARE",
+              help="Pass only if the figure surely is not worse by more: ttft_p99=10%. May be "
+              "repeated. Figures: ttft, tpot, e2e with _p50, _p90, _p99; attainment, goodput.")
+@click.option("--level", "levels", type=float, multiple=True, metavar="C",
+              help="Compare only this level; may be repeated.")
+@click.option("--allow", multiple=True, metavar="FIELD",
+              help="Let this field of the manifests differ, as model or scenario.slo.")
+@click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write it as JSON.")
+@click.option("--markdown", type=FILE, metavar="FILE", help="Write it as Markdown.")
+def compare(base: Path, new: Path, limits: tuple[str, ...], levels: tuple[float, ...],
+            allow: tuple[str, ...], json_file: Path | None, markdown: Path | None) -> None:
     """Is run NEW better or worse than BASE, beyond noise? Refuses runs that are not alike.
+
+    Exit codes: 0 nothing is worse (each --max-regression holds), 1 something is, 2 not alike, 5
+    these runs cannot tell.
 
     \b
     loadgen compare runs/before runs/after
+    loadgen compare runs/main runs/branch --max-regression ttft_p99=10% --level 32
     """
+    import msgspec  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
 
     from analysis import compare as comparing  # noqa: PLC0415
+    from analysis import comparison, frame, gate  # noqa: PLC0415
 
-    raise SystemExit(comparing.show(Console(), base, new))
+    wanted = [comparing.limit_of(x) for x in limits]
+    a, b = frame.load(base), frame.load(new)
+    differ = {k: v for k, v in comparing.unlike(a, b).items() if k not in allow}
+    if differ:
+        raise ScenarioError("these runs are not alike: " + "; ".join(
+            f"{k}: {v}" for k, v in differ.items()) + f". To compare them still: "
+            f"{' '.join(f'--allow {k}' for k in differ)}")
+    found = comparing.compare(a, b, wanted, levels, allow)
+    comparison.show(Console(), found)
+    if json_file is not None:
+        gate.write(json_file, msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+    if markdown is not None:
+        gate.write(markdown, comparison.markdown(found).encode())
+    raise SystemExit(found.exit_code)
 
 
 @main.command()
