@@ -182,8 +182,8 @@ def _settle(run: Run, legs: Sequence[Judgement], option: str) -> str:
     miss = (n - good) / n if n else 0.0
     more = metrics.needed_n(run.criteria.target, miss, run.criteria.confidence)
     if more is None:
-        return (f"At this share no number of requests would show {percent(run.criteria.target)}: "
-                "try a lower load.")
+        return (f"If that share stays, {percent(run.criteria.target)} is missed: a longer run "
+                f"would show it ({option}), a lower load may hold.")
     rps = max((j.achieved_rps for j in legs), default=0.0)
     confirmed = any(j.phase in ("confirm", "run") for j in legs)
     missing = max(more - n, 1) if confirmed else more  # those of a ladder chose the level
