@@ -13,8 +13,8 @@ from loadgen import cli
 from loadgen.leg import Window
 from loadgen.scenario import to_plain
 from tests import synthetic
+from tests.real import loadgen
 from tests.synthetic import Plain, S
-from tests.test_cli import loadgen
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 from analysis import frame, gate
 from loadgen import cli
 from tests import synthetic
+from tests.real import loadgen
 from tests.synthetic import Kind
-from tests.test_cli import loadgen
 
 
 def schema() -> Any:

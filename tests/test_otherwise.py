@@ -17,11 +17,9 @@ from loadgen import cli
 from loadgen.leg import Window
 from loadgen.record import Outcome, RequestRecord
 from tests import synthetic
+from tests.real import kept, over, pid_of, running, start, summary, wait
 from tests.synthetic import Plain, S
-from tests.test_cli import start
-from tests.test_end_to_end import kept, nobody_is_left, over, pid_of, running, summary, wait
 
-__all__ = ["nobody_is_left"]  # a fixture, of each test
 FELT, SURVIVED, WAITED = range(3)
 
 
@@ -107,6 +105,7 @@ def test_the_table_says_never_where_so_many_had_none() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nobody_is_left")
 def test_a_simulator_that_is_stopped_for_ten_seconds(tmp_path: Path) -> None:
     """The whole way: an open loop on a real socket, the server's process held by SIGSTOP."""
     with start("run", "smoke", "--rate", "8", "--arrivals", "constant", "--duration", "40s",

@@ -15,11 +15,20 @@ from loadgen import cli, resume
 from loadgen.errors import FolderError
 from loadgen.store import Apart, LegLine, Resumed, RunFolder
 from tests import synthetic
+from tests.real import (
+    FAST,
+    Said,
+    endings,
+    kept,
+    loadgen,
+    over,
+    pid_of,
+    running,
+    start,
+    wait,
+)
 from tests.synthetic import S
-from tests.test_cli import Said, loadgen, start
-from tests.test_end_to_end import FAST, endings, kept, nobody_is_left, over, pid_of, running, wait
 
-__all__ = ["nobody_is_left"]  # a fixture, of each test
 VIRTUAL = ("sweep", "--max-concurrency", "16", "--virtual", "--seed", "3", "--no-report")
 
 
@@ -230,6 +239,7 @@ def goes_on(tmp_path: Path) -> Said:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nobody_is_left")
 def test_a_sweep_that_was_killed_goes_on_to_its_verdict(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     with sweep(tmp_path) as process:
@@ -270,6 +280,7 @@ def _lives(folder: Path, word: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("nobody_is_left")
 def test_a_sweep_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     with sweep(tmp_path) as process:

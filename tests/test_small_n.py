@@ -14,7 +14,7 @@ from analysis import compare as comparing
 from analysis.frame import Run
 from loadgen import cli
 from tests import synthetic
-from tests.test_cli import loadgen
+from tests.real import loadgen
 
 NO_NUMBER = re.compile(r"\b(nan|inf|None(?!:)|null|NaT)\b")
 
