@@ -15,8 +15,9 @@ import pandas as pd
 from msgspec import Struct
 
 from analysis import journals
+from analysis.digest import Stretch, digests
 from analysis.gaps import Gaps
-from analysis.journals import LegResult, LegTask, Stretch
+from analysis.journals import LegResult, LegTask
 from loadgen import scenario
 from loadgen.errors import LoadgenError
 from loadgen.headroom import Peak
@@ -120,7 +121,7 @@ def _with_windows(legs: Sequence[tuple[Leg, Window | None]],
     found: dict[str, tuple[Leg, Window]] = {}
     last_ns = 0
     for leg, window in legs:
-        known = window or _salvaged(leg, journals.digests(where.get(leg.id, ())), last_ns)
+        known = window or _salvaged(leg, digests(where.get(leg.id, ())), last_ns)
         found[leg.id] = (leg, known)
         last_ns = known.end_ns
     return list(found.values())

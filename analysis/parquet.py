@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Raw
 
+from analysis.digest import Digest
 from analysis.gaps import flatten
-from analysis.journals import Digest
 from loadgen.errors import StoreError
 from loadgen.record import RequestRecord
 from loadgen.store import RunFolder
