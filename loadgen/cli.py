@@ -487,7 +487,11 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
                       highlight=False)
     if html:
         console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
-    return _exit_code(finished, result)
+    code = _exit_code(finished, result)
+    if code == INTERRUPTED and finished.manifest.plan is not None:
+        console.print(f"Go on with: loadgen sweep --resume {folder}", soft_wrap=True,
+                      highlight=False)
+    return code
 
 
 def _exit_code(finished: Any, result: Any) -> int:

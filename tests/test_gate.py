@@ -122,3 +122,11 @@ def test_a_percentile_that_n_cannot_bear_is_null(tmp_path: Path, n: int) -> None
         assert level.n == n
         assert {getattr(level, f"{x}_{q}_s") for x in ("ttft", "tpot", "e2e")
                 for q in ("p90", "p99")} == {None}
+
+
+def test_a_run_without_a_leg_has_a_verdict_as_well(tmp_path: Path) -> None:
+    synthetic.write(tmp_path / "r", levels=(), confirm=None)
+    said = loadgen("report", "r", "--no-html", cwd=tmp_path)
+    assert said.code == cli.INVALID, said.all
+    verdict = valid(tmp_path / "r" / "verdict.json")
+    assert (verdict["exit_code"], verdict["levels"], verdict["safe"]) == (cli.INVALID, [], None)

@@ -286,7 +286,9 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     with sweep(tmp_path) as process:
         wait(lambda: len(endings(folder)) == 2)
         process.send_signal(signal.SIGINT)
-        assert over(process).code == cli.INTERRUPTED
+        said = over(process)
+        assert said.code == cli.INTERRUPTED
+        assert "Go on with: loadgen sweep --resume r" in said.out
     assert endings(folder) == ["done", "interrupted"]
     said = goes_on(tmp_path)
     assert said.code == cli.PASS, said.all
