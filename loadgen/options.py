@@ -146,7 +146,8 @@ def asked_for(group: click.Group, words: Sequence[str]) -> tuple[dict[str, Any],
     they mean nothing any more."""
     try:
         with group.make_context(group.name, list(words)) as outer:
-            _, command, rest = group.resolve_command(outer, [*getattr(outer, "_protected_args", ()), *outer.args])
+            left = [*getattr(outer, "_protected_args", ()), *outer.args]
+            _, command, rest = group.resolve_command(outer, left)
             if command is None or command.name != "sweep":
                 raise ScenarioError(f"`loadgen {shlex.join(words)}` was no sweep")
             with command.make_context(command.name, rest, parent=outer) as inner:
