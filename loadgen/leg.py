@@ -8,7 +8,8 @@ from msgspec import Struct
 from loadgen.scenario import Load
 
 Axis = Literal["concurrency", "rate"]
-Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "overload"]
+Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "poisson", "burst",
+                "overload", "recover"]
 Ending = Literal["done", "cut", "interrupted", "server_died", "failed"]
 
 
