@@ -90,9 +90,9 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
     if not legs:
         return None
     seen = sequential.share([_blocks(j) for j in legs], criteria.target, criteria.confidence,
-                            criteria.runs_differ)
+                            criteria.runs_differ, criteria.refute)
     load: LoadVerdict = "UNRESOLVED"
-    if seen.upper < criteria.target or any(j.load == "UNSAFE" for j in legs):
+    if seen.upper < criteria.target or any(contradicts(j, criteria) for j in legs):
         load = "UNSAFE"
     elif seen.lower >= criteria.target and not any(j.rises for j in legs):
         load = "SAFE"
@@ -105,6 +105,16 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
                   more_n, more_s)
 
 
+def contradicts(j: Judgement, criteria: Criteria) -> bool:
+    """This leg alone shows that its level is not safe. Of a confirmation only distress and a
+    refuted class do: its share counts together with the others of its level, as one bad run in
+    twenty is no surprise."""
+    if j.died or j.load != "UNSAFE" or j.phase not in OF_LEVEL:
+        return j.died
+    return (j.phase not in PROVES or j.distress or bool(j.refuted_classes)
+            or j.upper >= criteria.target)
+
+
 def _blocks(j: Judgement) -> sequential.Blocks:
     return j.blocks or [(j.good, j.n)]
 
@@ -112,8 +122,7 @@ def _blocks(j: Judgement) -> sequential.Blocks:
 def status(judged: Sequence[Judgement], level: float, criteria: Criteria) -> LoadVerdict:
     """What all legs of a level say: UNSAFE if one of them does, or the server died at it, or its
     confirmations taken together refute it; SAFE only by its confirmations."""
-    if any(j.died or (j.load == "UNSAFE" and j.phase in OF_LEVEL)
-           for j in judged if j.value == level):
+    if any(contradicts(j, criteria) for j in judged if j.value == level):
         return "UNSAFE"
     proof = pooled(judged, level, criteria)
     return proof.load if proof is not None else "UNRESOLVED"
@@ -210,14 +219,16 @@ def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Con
     return Conclusion(
         axis=axis, load=load, safe=best.value if best else None, unsafe=unsafe,
         at_least=best is not None and unsafe is None, proof=shown,
-        suspect=spoiled or (best is not None and bool(doubts)), reasons=_why(legs, unsafe),
+        suspect=spoiled or (best is not None and bool(doubts)), reasons=_why(legs, unsafe, criteria),
         target=criteria.target, confidence=criteria.confidence, doubts=doubts, checks=checks,
         not_tried=[k for k in kinds if best and not any(j.phase == k for j in legs)],
         more_s=shown.more_s if shown is not None and load == "UNRESOLVED" else None)
 
 
-def _why(legs: Sequence[Judgement], unsafe: float | None) -> list[str]:
-    first = [j for j in legs if j.value == unsafe and j.load == "UNSAFE" and j.phase in OF_LEVEL]
+def _why(legs: Sequence[Judgement], unsafe: float | None,
+         criteria: Criteria) -> list[str]:
+    first = sorted((j for j in legs if j.value == unsafe and j.load == "UNSAFE"
+                    and j.phase in OF_LEVEL), key=lambda j: not contradicts(j, criteria))
     return [f"at {j.value:g}: {reason}" for j in first[:1] for reason in j.reasons]
 
 

@@ -93,6 +93,7 @@ class Judgement(Struct, frozen=True):
     e2e_p50_s: float | None
     answer_s: float | None  # mean E2E of all complete answers, the warm-up's too: for pacing
     balance: Balance = Balance()
+    distress: bool = False  # of the server, beyond all latencies
     blocks: list[tuple[int, int]] = []  # (good, n) of stretches of the window, in order
     strain: float | None = None  # the target's quantile of value over limit: over 1 it is missed
     settled_s: float | None = None  # since the leg's start; None: it never did, or too few to say
@@ -166,7 +167,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
                         if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
         e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=answer_s, balance=books,
-        blocks=blocks, strain=_strain(inside, criteria.target),
+        distress=bool(distress), blocks=blocks, strain=_strain(inside, criteria.target),
         settled_s=_settled_s(window, strains), rises=rises)
 
 

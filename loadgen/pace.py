@@ -144,6 +144,13 @@ def proof_s(plan: SweepPlan, tested: Tested, level: float, left_s: float) -> flo
     return wanted_s
 
 
+def leg_s(plan: SweepPlan, tested: Tested, level: float) -> float:
+    """How long one more leg of a confirmation is measured that nobody counts on, s."""
+    scale = (1 - 0.95) / (1 - plan.criteria.target)
+    return max(MIN_LEG_S, LEG_OF_E2E * answer_s(plan, tested, level),
+               LEG_N * scale / rps(plan, tested, level))
+
+
 def proof_wanted_s(plan: SweepPlan, tested: Tested, level: float) -> float:
     """How long a proof of `level` takes with all its legs, s, as it looks."""
     need = proof_n(plan, tested, level)

@@ -44,9 +44,9 @@ GAIN_STOP = 0.05
 ENOUGH_N = 20  # requests after which a share under the target is no accident of the start
 MAX_RESTARTS = 2
 AIM, AIM_LONG = 0.89, 0.97  # strain of the level to try: what is left is for chance
-FINEST, FINEST_LONG = 1.25, 1.06  # of `SweepPlan`, for the default budget and for larger ones
+FINEST, FINEST_LONG = 1.25, 1.05  # of `SweepPlan`, for the default budget and for larger ones
 CHECKS_SHARE = 0.42  # of a larger budget
-NEAR = 1.04  # levels closer than this are one
+NEAR = 1.03  # levels closer than this are one
 FAR_OFF = 0.4  # of the limits
 OVERLOAD = 1.3
 HELD: dict[Phase, float] = {  # share of the budget for which a check is held
@@ -216,6 +216,11 @@ def _near_the_edge(state: State, tested: Sequence[Judgement], left_s: float) -> 
     for level in tries:
         if (measure_s := pace.proof_s(plan, tested, level, room_s)) is not None:
             return _run(state, tested, level, "confirm", measure_s)
+    if plan.budget_s >= pace.MANY:  # those given up get what nobody else wants
+        for level in reversed(begun):
+            measure_s = pace.leg_s(plan, tested, level)
+            if pace.cost_s(plan, tested, level, measure_s) <= room_s:
+                return _run(state, tested, level, "confirm", measure_s)
     if safe is None:
         level = candidate(tested, plan.criteria) or 0.0
         return Stop("BUDGET", f"what is left of {plan.budget_s:.0f} s is too short to confirm "

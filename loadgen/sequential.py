@@ -46,12 +46,16 @@ class Share(Struct, frozen=True):
 
 
 def share(legs: Sequence[Blocks], target: float, confidence: float,
-          runs_differ: float = RUNS_DIFFER) -> Share:
-    """What legs of one level show together; each by its blocks."""
+          runs_differ: float = RUNS_DIFFER, refute: float | None = None) -> Share:
+    """What legs of one level show together; each by its blocks. `refute`: confidence of the upper
+    bound, if it is another."""
     good = sum(g for leg in legs for g, _ in leg)
     n = sum(m for leg in legs for _, m in leg)
     design = design_effect(legs, runs_differ)
-    return Share(good, n, design, *bounds(good / design, n / design, target, confidence))
+    lower, upper = bounds(good / design, n / design, target, confidence)
+    if refute is not None:
+        _, upper = bounds(good / design, n / design, target, refute)
+    return Share(good, n, design, lower, upper)
 
 
 def bounds(good: float, n: float, target: float, confidence: float) -> tuple[float, float]:
