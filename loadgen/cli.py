@@ -82,7 +82,7 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     loadgen sweep --max-rate 8 --server sim -- --gpu h200 --model qwen2.5-7b
     loadgen sweep --max-concurrency 128 --server vllm --model Qwen/Qwen2.5-7B-Instruct -- -tp 2
     """
-    from loadgen.ramp import SweepPlan  # noqa: PLC0415  (heavy imports wait for the command)
+    from loadgen.ramp import SweepPlan, finest_of  # noqa: PLC0415  (heavy imports wait)
 
     if (max_concurrency is None) == (max_rate is None):
         raise click.UsageError("give --max-concurrency N or --max-rate R")
@@ -94,8 +94,8 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
 
         return runner.run_sweep(session, SweepPlan(
             axis=axis, levels=ladder, budget_s=float(budget), seed=session.seed,
-            criteria=session.criteria, can_restart=session.server.facts()["kind"] != "remote"),
-            view)
+            criteria=session.criteria, can_restart=session.server.facts()["kind"] != "remote",
+            finest=finest_of(float(budget)) if levels is None else None, checks=True), view)
 
     _measure(name, server_options, options, search, budget, (ladder[-1], axis))
 

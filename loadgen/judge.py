@@ -140,9 +140,9 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()
                if m and metrics.upper_bound(g * worth, m * worth, each) < criteria.target]
-    strains = sorted(((r.due_ns, x) for r in records
-                      if (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
-    inside = [x for due_ns, x in strains if window.from_ns <= due_ns < window.to_ns]
+    strains = sorted(((r.due_ns, x, is_due(window, r)) for r in records
+                      if not window.is_void(r.due_ns, r.end_ns) and (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
+    inside = [x for _, x, due_inside in strains if due_inside]
     rises = settle.rises(inside) if leg.phase in STEADY else None
     load: LoadVerdict = "UNRESOLVED"
     if distress or refuted or upper < criteria.target:
@@ -154,7 +154,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     return Judgement(
         leg=leg.id, value=leg.value, phase=leg.phase, n=n, good=good, void=due - n, lower=lower,
         upper=upper, measurement=validity.verdict(findings), load=load,
-        reasons=distress + _reasons(load, good, n, upper, criteria, refuted, rises),
+        reasons=distress + _reasons(load, good, n, upper, criteria, refuted, rises, worth),
         findings=findings,
         misses=dict(Counter(x for w in why for x in w)),
         outcomes=dict(Counter(r.outcome.value for r in sample)), errors=errors,
@@ -197,9 +197,9 @@ def _strain(seen: Sequence[float], target: float) -> float | None:
     return ordered[math.ceil(target * len(ordered)) - 1] if ordered else None
 
 
-def _settled_s(window: Window, strains: Sequence[tuple[int, float]]) -> float | None:
+def _settled_s(window: Window, strains: Sequence[tuple[int, float, bool]]) -> float | None:
     """Of all the leg's requests, the warm-up's too."""
-    finite = [(t, x) for t, x in strains if x < math.inf]
+    finite = [(t, x) for t, x, _ in strains if x < math.inf]
     left_out = settle.mser([x for _, x in finite])
     return None if left_out is None else max(0.0, (finite[left_out][0] - window.t0_ns) / 1e9)
 
@@ -231,7 +231,7 @@ def _distress(signs: ServerSigns, n: int) -> list[str]:
 
 
 def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Criteria,
-             refuted: list[str], rises: float | None) -> list[str]:
+             refuted: list[str], rises: float | None, worth: float) -> list[str]:
     share = f"{good} of {n} requests met the SLO"
     if n == 0:
         return ["no request was due in the window"]
@@ -245,6 +245,7 @@ def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Crite
                 "near to the limits as its first"]
     if load == "UNRESOLVED":
         more = metrics.needed_n(criteria.target, (n - good) / n, criteria.confidence)
+        more = math.ceil(more / worth) if more else None
         hint = f"; {more - n} more at this share would" if more and more > n else ""
         return [f"{share}: too few to show {100 * criteria.target:g} %{hint}"]
     return [share]

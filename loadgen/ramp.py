@@ -44,10 +44,11 @@ GAIN_STOP = 0.05
 ENOUGH_N = 20  # requests after which a share under the target is no accident of the start
 MAX_RESTARTS = 2
 AIM, AIM_LONG = 0.89, 0.97  # strain of the level to try: what is left is for chance
+BACK_OFF = 0.93  # … and after each level that was tried in vain, while there is little time
 FINEST, FINEST_LONG = 1.25, 1.05  # of `SweepPlan`, for the default budget and for larger ones
 CHECKS_SHARE = 0.42  # of a larger budget
 NEAR = 1.03  # levels closer than this are one
-FAR_OFF = 0.4  # of the limits
+FAR_OFF = 0.5  # of the limits
 OVERLOAD = 1.3
 HELD: dict[Phase, float] = {  # share of the budget for which a check is held
     "reference": 0.02, "soak": 0.20, "poisson": 0.05, "burst": 0.05, "overload": 0.03,
@@ -123,11 +124,11 @@ def _decide(state: State, spent_s: float) -> Action:
 
 
 def _above(plan: SweepPlan, tested: Sequence[Judgement]) -> float | None:
-    """The ladder's next level. Rates far under the limits are passed over, each second one: few
-    requests come there, and no knee is drawn of them."""
+    """The ladder's next level. Far under the limits each second one is passed over while time is
+    short; and of rates always: few requests come there, and no knee is drawn of them."""
     higher = [x for x in plan.levels if not tested or x > max(j.value for j in tested)]
-    skips = (plan.axis == "rate" and plan.finest is not None and len(higher) > 1 and bool(tested)
-             and (tested[-1].strain or 1.0) < FAR_OFF)
+    hurries = plan.finest is not None and (plan.axis == "rate" or plan.budget_s < pace.MANY)
+    skips = hurries and len(higher) > 1 and bool(tested) and (tested[-1].strain or 1.0) < FAR_OFF
     return higher[skips] if higher else None
 
 
@@ -245,7 +246,8 @@ def _between(plan: SweepPlan, tested: Sequence[Judgement],
     if plan.finest is None or high is None:
         return None, False
     safe = evidence.proven(tested, plan.criteria)
-    aim = AIM if plan.budget_s < pace.MANY else AIM_LONG
+    tried = {j.value for j in tested if j.phase == "confirm" and j.value > (safe or low)}
+    aim = AIM * BACK_OFF ** len(tried) if plan.budget_s < pace.MANY else AIM_LONG
     value, guided = evidence.crossing(tested, high, aim), True
     if value is None:
         value, guided = math.sqrt(low * high), False

@@ -7,8 +7,9 @@ et al., Ann. Statist. 49, 2021, §3). For a share p of n requests of which k wer
 
 is a martingale under p that starts at 1, so it ever exceeds 1/α with probability at most α, whenever
 one looks (Ville). The bounds are where M(p) = 1/α. The mixture is laid where an answer is sought, a
-little above the target; there it costs a third more requests than a bound for one look at a fixed
-number (128 against 93 with one miss; 0.95 at 95 %).
+little above the target for the lower bound and below it for the upper one; there it costs a third
+more requests than a bound for one look at a fixed number (128 against 93 with one miss; 0.95 at
+95 %).
 
 **Clumps.** Requests of one moment share their fate, and runs of a server differ from one another,
 so n requests tell less than n independent ones: k and n are divided by a design effect. It has
@@ -29,8 +30,10 @@ from msgspec import Struct
 RUNS_DIFFER = .005  # ρ: 1.5 points at 95 %
 PRIOR_LEGS = 4.0
 PRIOR_BLOCKS = 8.0
-ABOVE = 5.0  # the mixture's mean misses a fifth of what the target allows …
-MIX_B = 0.7  # … with this weight; both by trial: fewest requests for 0 to 12 misses
+# Where the mixtures lie: mean misses as a multiple of what the target allows, and the weight b of a
+# Beta(a, b) with that mean. By trial: fewest requests for 0 to 12 misses, and to see 0.7 to 0.9.
+ABOVE = (0.2, 0.7)
+BELOW = (3.0, 2.0)
 
 Blocks = Sequence[tuple[int, int]]  # (good, n) of stretches of time, one after the other
 
@@ -63,17 +66,16 @@ def bounds(good: float, n: float, target: float, confidence: float) -> tuple[flo
     whenever one looks. Counts need not be whole."""
     if n <= 0:
         return 0.0, 1.0
-    a, b = MIX_B * ABOVE / (1 - target), MIX_B
-    miss, limit = n - good, -math.log1p(-confidence)
-    mixed = _log_beta(a + good, b + miss) - _log_beta(a, b)
-    seen = good / n
+    miss, limit, seen = n - good, -math.log1p(-confidence), good / n
 
-    def outside(p: float) -> bool:
+    def outside(p: float, times: float, b: float) -> bool:
+        a = b * (1 / (times * (1 - target)) - 1)
+        mixed = _log_beta(a + good, b + miss) - _log_beta(a, b)
         log_l = (good * math.log(p) if good else 0.0) + (miss * math.log1p(-p) if miss else 0.0)
         return mixed - log_l >= limit
 
-    lower = _edge(outside, 0.0, seen) if good else 0.0
-    upper = _edge(outside, 1.0, seen) if miss else 1.0
+    lower = _edge(lambda p: outside(p, *ABOVE), 0.0, seen) if good else 0.0
+    upper = _edge(lambda p: outside(p, *BELOW), 1.0, seen) if miss else 1.0
     return lower, upper
 
 

@@ -27,8 +27,11 @@ ALLOWED = {
     "metrics": "record scenario",
     "balance": "leg metrics record scenario",
     "validity": "balance headroom leg metrics record scenario",
-    "judge": "balance headroom leg metrics record scenario validity",
-    "ramp": "judge leg metrics scenario",
+    "sequential": "", "settle": "",
+    "judge": "balance headroom leg metrics record scenario sequential settle validity",
+    "evidence": "judge leg metrics sequential",
+    "pace": "evidence judge leg scenario sequential",
+    "ramp": "evidence judge leg pace scenario",
     "sweep": "errors judge leg ramp record scenario",
     "store": "errors headroom leg record scenario",
     "deadline": "record scenario",
@@ -69,7 +72,7 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
              "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
-        "validity", "judge", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario",
+        "validity", "sequential", "settle", "judge", "evidence", "pace", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario",
         "target", "telemetry.signs", "headroom", "rungs"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}

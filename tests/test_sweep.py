@@ -28,11 +28,13 @@ def with_limits(**limits: Seconds) -> Scenario:
     return scenario.load("mixed").with_slo(Slo(**limits))
 
 
-def test_the_default_sweep_of_ten_seeds_finds_32_and_never_more() -> None:
+def test_the_default_sweep_of_ten_seeds_is_never_over_the_truth_and_seldom_far_under() -> None:
+    """In long runs 97 % are good at 40, and 93 % at 44."""
     found = [answer(default_sweep(seed)[0]) for seed in SEEDS]
-    assert all(c.safe in (None, 16, 32) for c in found)  # at 48 a third of requests misses
-    assert sum(c.safe == 32 for c in found) >= 8
-    assert all(c.unsafe in (32, 64) for c in found)
+    levels = [c.safe or 0 for c in found]
+    assert max(levels) <= 42
+    assert sum(level >= 30 for level in levels) >= 8
+    assert all(c.unsafe is not None and c.unsafe >= 44 for c in found)
 
 
 def test_the_default_sweep_keeps_its_four_minutes() -> None:
