@@ -25,6 +25,9 @@ OF_LEVEL: frozenset[Phase] = PROVES | {"ladder", "refine", "reference"}  # same 
 CHECKS: tuple[Phase, ...] = ("reference", "soak", "poisson", "burst", "overload", "recover")
 LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
 STRAIN_N = 3  # requests below which their quantile does not guide a search
+SPREAD_CLOSED, SPREAD_OPEN = 0.03, 0.17
+SPREAD_LEGS = 3.0
+MARGIN = 1.3
 DRIFT = 1.15  # medians of two legs of a level: replicates are within 1.05 of each other
 DRIFT_TTFT = 1.5  # those of TTFT hang on who comes together
 DRIFT_N = 20
@@ -94,7 +97,7 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
     load: LoadVerdict = "UNRESOLVED"
     if seen.upper < criteria.target or any(contradicts(j, criteria) for j in legs):
         load = "UNSAFE"
-    elif seen.lower >= criteria.target and not any(j.rises for j in legs):
+    elif seen.lower >= criteria.target and has_margin(legs) and not any(j.rises for j in legs):
         load = "SAFE"
     more_n = more_s = None
     if load == "UNRESOLVED":
@@ -103,6 +106,23 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
         more_s = more_n / rps if more_n is not None and rps > 0 else None
     return Pooled(level, seen.good, seen.n, seen.lower, seen.upper, load, len(legs), seen.design,
                   more_n, more_s)
+
+
+def has_margin(legs: Sequence[Judgement], in_the_end: bool = False) -> bool:
+    """The limits are kept by as much as runs differ in how near they come to them. Near its
+    capacity an open loop's queue makes one run of half a minute perfect and the next one a loss, so
+    that a share of good requests says little. SPREAD is that of the logarithm of `strain` between
+    runs on the simulator; what the replicates show is weighed against it. `in_the_end`: after many
+    more legs like these."""
+    told = [(math.log(j.strain), j.open_loop) for j in legs if j.strain]
+    if not told or any(x == math.inf for x, _ in told):
+        return True  # failed requests are more than the target allows: the share itself says so
+    r = len(told)
+    mean = sum(x for x, _ in told) / r
+    spread = SPREAD_OPEN if told[0][1] else SPREAD_CLOSED
+    variance = (SPREAD_LEGS * spread**2 + sum((x - mean) ** 2 for x, _ in told)) / (
+        SPREAD_LEGS + r - 1)
+    return mean + MARGIN * math.sqrt(variance * (1 + (0 if in_the_end else 1 / r))) <= 0
 
 
 def contradicts(j: Judgement, criteria: Criteria) -> bool:
@@ -168,7 +188,7 @@ def looks_good(judged: Sequence[Judgement], level: float, criteria: Criteria) ->
     legs = [j for j in judged if j.value == level and j.measurement != "INVALID"
             and j.phase in OF_LEVEL]
     confirmed = [j for j in legs if j.phase in PROVES]
-    if any(j.rises for j in confirmed):
+    if any(j.rises for j in confirmed) or not has_margin(confirmed, in_the_end=True):
         return False
     good, n = (sum(j.good for j in confirmed or legs), sum(j.n for j in confirmed or legs))
     return n > 0 and good / n >= criteria.target - LUCK and good + 1 >= criteria.target * n

@@ -19,7 +19,7 @@ from loadgen.balance import Balance, Counted
 from loadgen.headroom import Calibration
 from loadgen.leg import Leg, Phase, Window
 from loadgen.record import Outcome, RequestRecord
-from loadgen.scenario import Scenario
+from loadgen.scenario import Closed, Scenario
 from loadgen.validity import Finding, Measurement
 
 LoadVerdict = Literal["SAFE", "UNSAFE", "UNRESOLVED"]
@@ -94,6 +94,7 @@ class Judgement(Struct, frozen=True):
     answer_s: float | None  # mean E2E of all complete answers, the warm-up's too: for pacing
     balance: Balance = Balance()
     distress: bool = False  # of the server, beyond all latencies
+    open_loop: bool = False
     blocks: list[tuple[int, int]] = []  # (good, n) of stretches of the window, in order
     strain: float | None = None  # the target's quantile of value over limit: over 1 it is missed
     settled_s: float | None = None  # since the leg's start; None: it never did, or too few to say
@@ -167,7 +168,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
                         if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
         e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=answer_s, balance=books,
-        distress=bool(distress), blocks=blocks, strain=_strain(inside, criteria.target),
+        distress=bool(distress), open_loop=not isinstance(leg.load, Closed), blocks=blocks, strain=_strain(inside, criteria.target),
         settled_s=_settled_s(window, strains), rises=rises)
 
 

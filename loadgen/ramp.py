@@ -33,7 +33,7 @@ from loadgen.evidence import conclude as conclude
 from loadgen.evidence import pooled as pooled
 from loadgen.evidence import status as status
 from loadgen.judge import Judgement
-from loadgen.leg import Leg, Phase
+from loadgen.leg import Axis, Leg, Phase
 from loadgen.pace import SweepPlan as SweepPlan
 from loadgen.scenario import Load
 
@@ -43,7 +43,8 @@ ERROR_STOP = 0.05
 GAIN_STOP = 0.05
 ENOUGH_N = 20  # requests after which a share under the target is no accident of the start
 MAX_RESTARTS = 2
-AIM, AIM_LONG = 0.89, 0.97  # strain of the level to try: what is left is for chance
+# Strain of the level to try, in the default budget and in larger ones: what is left is for chance.
+AIM: dict[Axis, tuple[float, float]] = {"concurrency": (0.89, 0.97), "rate": (0.76, 0.82)}
 BACK_OFF = 0.93  # … and after each level that was tried in vain, while there is little time
 FINEST, FINEST_LONG = 1.25, 1.05  # of `SweepPlan`, for the default budget and for larger ones
 CHECKS_SHARE = 0.42  # of a larger budget
@@ -247,7 +248,8 @@ def _between(plan: SweepPlan, tested: Sequence[Judgement],
         return None, False
     safe = evidence.proven(tested, plan.criteria)
     tried = {j.value for j in tested if j.phase == "confirm" and j.value > (safe or low)}
-    aim = AIM * BACK_OFF ** len(tried) if plan.budget_s < pace.MANY else AIM_LONG
+    short, long = AIM[plan.axis]
+    aim = short * BACK_OFF ** len(tried) if plan.budget_s < pace.MANY else long
     value, guided = evidence.crossing(tested, high, aim), True
     if value is None:
         value, guided = math.sqrt(low * high), False

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from msgspec import Struct
 
 RUNS_DIFFER = .005  # ρ: 1.5 points at 95 %
-PRIOR_LEGS = 4.0
+PRIOR_LEGS = 2.0
 PRIOR_BLOCKS = 8.0
 # Where the mixtures lie: mean misses as a multiple of what the target allows, and the weight b of a
 # Beta(a, b) with that mean. By trial: fewest requests for 0 to 12 misses, and to see 0.7 to 0.9.

@@ -22,7 +22,7 @@ from loadgen.supervise import is_lost
 
 N = NormalDist()
 SLOPES = (1.8, 4.0, 8.0)  # of A's probit per e-fold of load; the simulator's is 6 to 8
-STRAIN = 0.12  # the simulator's: ln of the 95th percentile over the median, by 1.645
+STRAIN = {"concurrency": 0.12, "rate": 0.25}  # by how much a unit of Z is nearer: the simulator's
 FIRST_S = 3.0  # an answer of an idle server
 START_S = 3.0  # before the first leg
 FAILED = 0.5  # of the misses: errors and timeouts, which a percentile of survivors leaves out
@@ -66,11 +66,13 @@ class World:
         return [rng.gauss(mean, 1) for _ in range(n)]
 
 
-def draw(rng: random.Random, axis: Axis, run_sd: float, clump_sd: float) -> World:
-    """A world at random: where the edge lies and how steep it is."""
+def draw(rng: random.Random, axis: Axis, run_sd: float, clump_sd: float,
+         target: float = 0.95) -> World:
+    """A world at random: where the edge lies (3 to 16 answers per second in the closed loop, 2 to
+    12 in the open one) and how steep it is."""
     safe = math.exp(rng.uniform(math.log(16), math.log(96)))
     return World(axis, safe if axis == "concurrency" else safe / 8, rng.choice(SLOPES), run_sd,
-                 clump_sd)
+                 clump_sd, target=target)
 
 
 class Bench:
@@ -121,7 +123,7 @@ class Bench:
         if not self.world.tells or not self.drawn:
             return None
         at = math.floor((1 - self.world.target) * len(self.drawn))
-        return math.exp(-STRAIN * sorted(self.drawn)[at])
+        return math.exp(-STRAIN[self.world.axis] * sorted(self.drawn)[at])
 
     def point(self, load: float, seconds: float) -> tuple[int, int]:
         """(good, n) of one run, as other tools take it: warm-up and drain as ours."""
@@ -150,7 +152,7 @@ def judgement(leg: Leg, blocks: list[tuple[int, int]], answer_s: float,
         misses={}, outcomes={}, errors=0, error_lower=0.0, classes={}, refuted_classes=[],
         cut=False, died=False, window_s=held_s, offered_rps=n / held_s, achieved_rps=n / held_s,
         goodput_rps=good / held_s, ttft_p50_s=None, tpot_p50_s=None, e2e_p50_s=answer_s,
-        answer_s=answer_s, blocks=blocks, strain=strain)
+        answer_s=answer_s, open_loop=leg.axis == "rate", blocks=blocks, strain=strain)
 
 
 @dataclass(frozen=True)
