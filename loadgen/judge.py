@@ -66,7 +66,7 @@ class Judgement(Struct, frozen=True):
 
     leg: str
     value: float
-    phase: str
+    phase: Phase
     n: int  # requests in the sample: due in the window, not void
     good: int
     void: int
@@ -142,7 +142,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     refuted = [c for c, (g, m) in classes.items()
                if m and metrics.upper_bound(g * worth, m * worth, each) < criteria.target]
     strains = sorted(((r.due_ns, x, is_due(window, r)) for r in records
-                      if not window.is_void(r.due_ns, r.end_ns) and (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
+                      if not window.is_void(r.due_ns, r.end_ns)
+                      and (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
     inside = [x for _, x, due_inside in strains if due_inside]
     rises = settle.rises(inside) if leg.phase in STEADY else None
     load: LoadVerdict = "UNRESOLVED"
@@ -168,7 +169,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
                         if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
         e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=answer_s, balance=books,
-        distress=bool(distress), open_loop=not isinstance(leg.load, Closed), blocks=blocks, strain=_strain(inside, criteria.target),
+        distress=bool(distress), open_loop=not isinstance(leg.load, Closed), blocks=blocks,
+        strain=_strain(inside, criteria.target),
         settled_s=_settled_s(window, strains), rises=rises)
 
 

@@ -61,7 +61,7 @@ def answer_s(plan: SweepPlan, tested: Tested, value: float) -> float:
         return near.answer_s
     full = near.load == "UNSAFE" or any(j.load == "UNSAFE" and j.value > value for j in tested)
     growth = FULL_GROWTH if full else GROWTH
-    return near.answer_s * growth ** math.log2(value / near.value)
+    return float(near.answer_s * growth ** math.log2(value / near.value))
 
 
 def rps(plan: SweepPlan, tested: Tested, value: float) -> float:
@@ -179,7 +179,7 @@ def leg(plan: SweepPlan, tested: Tested, number: int, value: float, phase: Phase
                      and j.phase in evidence.OF_LEVEL), default=0.0)
     most_s = 1.2 * LEG_OF_BUDGET * plan.budget_s
     warmup_s = max(1.0, min(max(share * each_s, min(settled_s, 2 * each_s)), most_s))
-    if phase in ("recover",):
+    if phase == "recover":
         warmup_s = 0.0
     return Leg(id=f"{phase}-{value:g}-r{replicate}", axis=plan.axis, value=value, phase=phase,
                replicate=replicate, seed=plan.seed * 10_000 + number,

@@ -26,16 +26,14 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import evidence, pace
-from loadgen.evidence import Conclusion as Conclusion
-from loadgen.evidence import Pooled as Pooled
-from loadgen.evidence import candidate as candidate
-from loadgen.evidence import conclude as conclude
-from loadgen.evidence import pooled as pooled
-from loadgen.evidence import status as status
+from loadgen.evidence import Conclusion, Pooled, candidate, conclude, pooled, status
 from loadgen.judge import Judgement
 from loadgen.leg import Axis, Leg, Phase
-from loadgen.pace import SweepPlan as SweepPlan
+from loadgen.pace import SweepPlan
 from loadgen.scenario import Load
+
+__all__ = ["Begin", "Conclusion", "Pooled", "Restart", "RunLeg", "State", "Stop", "SweepPlan",
+           "candidate", "conclude", "pooled", "status", "step"]
 
 StopReason = Literal["CONFIRMED", "NO_SAFE_LEVEL", "BUDGET", "GENERATOR_LIMIT", "SERVER_DIED"]
 
@@ -49,7 +47,7 @@ BACK_OFF = 0.93  # … and after each level that was tried in vain, while there 
 FINEST, FINEST_LONG = 1.25, 1.05  # of `SweepPlan`, for the default budget and for larger ones
 CHECKS_SHARE = 0.42  # of a larger budget
 NEAR = 1.03  # levels closer than this are one
-FAR_OFF = 0.5  # of the limits
+FAR_OFF: dict[Axis, float] = {"concurrency": 0.5, "rate": 0.4}  # of the limits
 OVERLOAD = 1.3
 HELD: dict[Phase, float] = {  # share of the budget for which a check is held
     "reference": 0.02, "soak": 0.20, "poisson": 0.05, "burst": 0.05, "overload": 0.03,
@@ -129,7 +127,8 @@ def _above(plan: SweepPlan, tested: Sequence[Judgement]) -> float | None:
     short; and of rates always: few requests come there, and no knee is drawn of them."""
     higher = [x for x in plan.levels if not tested or x > max(j.value for j in tested)]
     hurries = plan.finest is not None and (plan.axis == "rate" or plan.budget_s < pace.MANY)
-    skips = hurries and len(higher) > 1 and bool(tested) and (tested[-1].strain or 1.0) < FAR_OFF
+    skips = hurries and len(higher) > 1 and bool(tested) and (
+        tested[-1].strain or 1.0) < FAR_OFF[plan.axis]
     return higher[skips] if higher else None
 
 
@@ -143,8 +142,8 @@ def _again(state: State) -> Action:
         return Stop("GENERATOR_LIMIT",
                     f"{last.value:g} could not be measured: {why.says}; {why.remedy}")
     tested = evidence.usable(state.history)
-    phase = last.phase
-    return _run(state, tested, last.value, phase, last.window_s, _load(state.plan, tested, phase))
+    return _run(state, tested, last.value, last.phase, last.window_s,
+                _load(state.plan, tested, last.phase))
 
 
 def _run(state: State, tested: Sequence[Judgement], value: float, phase: Phase,
@@ -204,20 +203,10 @@ def _near_the_edge(state: State, tested: Sequence[Judgement], left_s: float) -> 
     if not hopes and safe is None:  # nothing looks good: what is not contradicted is looked at
         hopes = [x for x in [candidate(tested, plan.criteria)] if x is not None]
     begun = [x for x in hopes if any(j.value == x and j.phase == "confirm" for j in tested)]
-    for level in reversed(begun):
-        if (measure_s := pace.proof_s(plan, tested, level, room_s)) is not None:
-            return _run(state, tested, level, "confirm", measure_s)
-    fresh = [x for x in hopes if x not in begun]  # the others were given up
-    tries = [*reversed(fresh)]
-    if (low := max(fresh, default=safe)) is not None:
-        middle, guided = _between(plan, tested, low)
-        if middle and not guided and _is_worth_a_look(plan, tested, middle, low, room_s):
-            return _run(state, tested, middle, "refine", pace.refine_s(plan, tested, middle))
-        if middle:
-            tries.insert(0 if guided else len(tries), middle)
-    for level in tries:
-        if (measure_s := pace.proof_s(plan, tested, level, room_s)) is not None:
-            return _run(state, tested, level, "confirm", measure_s)
+    if (found := _confirm(state, tested, begun[::-1], room_s)) is not None:
+        return found
+    if (found := _between_or_below(state, tested, hopes, begun, room_s)) is not None:
+        return found
     if plan.budget_s >= pace.MANY:  # those given up get what nobody else wants
         for level in reversed(begun):
             measure_s = pace.leg_s(plan, tested, level)
@@ -228,6 +217,29 @@ def _near_the_edge(state: State, tested: Sequence[Judgement], left_s: float) -> 
         return Stop("BUDGET", f"what is left of {plan.budget_s:.0f} s is too short to confirm "
                     f"{level:g}; give more with --budget")
     return _checks(state, tested, safe, left_s)
+
+
+def _confirm(state: State, tested: Sequence[Judgement], levels: Sequence[float],
+             room_s: float) -> Action | None:
+    """A leg that proves the first of these levels whose proof can be had."""
+    for level in levels:
+        if (measure_s := pace.proof_s(state.plan, tested, level, room_s)) is not None:
+            return _run(state, tested, level, "confirm", measure_s)
+    return None
+
+
+def _between_or_below(state: State, tested: Sequence[Judgement], hopes: Sequence[float],
+                      begun: Sequence[float], room_s: float) -> Action | None:
+    """What nobody confirmed yet. Levels that were begun are given up by now."""
+    plan, fresh = state.plan, [x for x in hopes if x not in begun]
+    tries = fresh[::-1]
+    if (low := max(fresh, default=evidence.proven(tested, plan.criteria))) is not None:
+        middle, guided = _between(plan, tested, low)
+        if middle and not guided and _is_worth_a_look(plan, tested, middle, low, room_s):
+            return _run(state, tested, middle, "refine", pace.refine_s(plan, tested, middle))
+        if middle:
+            tries.insert(0 if guided else len(tries), middle)
+    return _confirm(state, tested, tries, room_s)
 
 
 def _is_worth_a_look(plan: SweepPlan, tested: Sequence[Judgement], middle: float, low: float,

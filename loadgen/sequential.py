@@ -5,9 +5,9 @@ et al., Ann. Statist. 49, 2021, §3). For a share p of n requests of which k wer
 
     M(p) = ∫ Lₓ(k, n) dBeta(x; a, b) / L_p(k, n)
 
-is a martingale under p that starts at 1, so it ever exceeds 1/α with probability at most α, whenever
-one looks (Ville). The bounds are where M(p) = 1/α. The mixture is laid where an answer is sought, a
-little above the target for the lower bound and below it for the upper one; there it costs a third
+is a martingale under p that starts at 1, so it ever exceeds 1/α with probability at most α,
+whenever one looks (Ville). The bounds are where M(p) = 1/α. The mixture is laid where an answer is
+sought, a little above the target for the lower bound and below it for the upper one; there it costs a third
 more requests than a bound for one look at a fixed number (128 against 93 with one miss; 0.95 at
 95 %).
 
@@ -121,7 +121,7 @@ def clumping(legs: Sequence[Blocks]) -> float:
 def _spread(parts: Blocks) -> tuple[float, int]:
     """Pearson's χ² of parts against one share for all of them, and its degrees of freedom."""
     good, n = sum(g for g, _ in parts), sum(m for _, m in parts)
-    if len(parts) < 2 or good == n or good == 0:
+    if len(parts) < 2 or good in (0, n):
         return float(max(0, len(parts) - 1)), max(0, len(parts) - 1)
     p = good / n
     return sum((g - m * p) ** 2 / (m * p * (1 - p)) for g, m in parts), len(parts) - 1

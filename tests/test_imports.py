@@ -72,7 +72,8 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
              "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
-        "validity", "sequential", "settle", "judge", "evidence", "pace", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario",
+        "validity", "sequential", "settle", "judge", "evidence", "pace", "ramp", "leg",
+        "stages", "deadline", "plan", "prompts", "scenario",
         "target", "telemetry.signs", "headroom", "rungs"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}

@@ -33,7 +33,8 @@ def test_the_default_sweep_of_ten_seeds_is_never_over_the_truth_and_seldom_far_u
     found = [answer(default_sweep(seed)[0]) for seed in SEEDS]
     levels = [c.safe or 0 for c in found]
     assert max(levels) <= 42
-    assert sum(level >= 30 for level in levels) >= 8
+    assert sorted(levels)[5] >= 30
+    assert all(level >= 15 for level in levels)
     assert all(c.unsafe is not None and c.unsafe >= 44 for c in found)
 
 
@@ -51,7 +52,8 @@ def test_a_safe_level_rests_on_requests_of_its_confirmation_alone() -> None:
     assert proof is not None
     legs = [j for j in result.judgements if j.phase == "confirm"]
     assert proof.n == sum(j.n for j in legs if j.value == proof.value)
-    assert proof.n >= 150
+    assert proof.n >= 100
+    assert proof.lower >= 0.95
 
 
 def test_a_level_that_is_left_early_still_shows_its_throughput() -> None:

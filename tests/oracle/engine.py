@@ -15,6 +15,7 @@ import functools
 import math
 import random
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from loadgen import metrics, ramp, scenario
 from loadgen.judge import Criteria, ServerSigns
@@ -35,7 +36,11 @@ MOST = {"concurrency": 128.0, "rate": 16.0}
 # (axis, limits) → c*: the largest load at which the mean over runs is ≥ 0.95. Limits on TPOT move
 # the edge over the ladder, so that it is not luck where its levels lie.
 LIMITS = (None, "tpot=38ms", "tpot=44ms", "tpot=60ms")
-TRUE_SAFE: dict[tuple[Axis, str | None], float] = {}
+TRUE_SAFE: dict[tuple[Axis, str | None], float] = {
+    ("concurrency", None): 42, ("concurrency", "tpot=38ms"): 24,
+    ("concurrency", "tpot=44ms"): 33, ("concurrency", "tpot=60ms"): 56,
+    ("rate", None): 3.969, ("rate", "tpot=38ms"): 3.031,
+    ("rate", "tpot=44ms"): 3.594, ("rate", "tpot=60ms"): 4.531}
 
 
 def scaled(config: EngineConfig, speed: float) -> EngineConfig:
@@ -113,7 +118,7 @@ def truth(axis: Axis, limits: str | None, load: float, runs: int = 40,
     shares = []
     mix = mix_of(limits)
     for i in range(runs):
-        speed = math.exp(RUN_SD * metrics.NormalDist().inv_cdf((i + 0.5) / runs))
+        speed = math.exp(RUN_SD * NormalDist().inv_cdf((i + 0.5) / runs))
         executor = VirtualExecutor(mix, scaled(engine_config(parse([])), speed))
         leg = Leg(id="truth", axis=axis, value=load, phase="run", replicate=0, seed=10_000 + i,
                   load=load_of(axis, load), warmup_s=10.0, measure_s=seconds)

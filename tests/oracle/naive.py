@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from loadgen import metrics, pace, ramp, sequential
 from loadgen.judge import Criteria
-from tests.oracle.world import MOST, Bench, Found, World, ladder_of
+from tests.oracle.world import Bench, Found, World
 
 LEG_S = 30.0
 STEPS = 5  # of a bisection: from a factor of two to 2 %
