@@ -25,7 +25,7 @@ OF_LEVEL: frozenset[Phase] = PROVES | {"ladder", "refine", "reference"}  # same 
 CHECKS: tuple[Phase, ...] = ("reference", "soak", "poisson", "burst", "overload", "recover")
 LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
 STRAIN_N = 3  # requests below which their quantile does not guide a search
-SPREAD_CLOSED, SPREAD_OPEN = 0.03, 0.17
+SPREAD_CLOSED, SPREAD_OPEN = 0.015, 0.17
 SPREAD_LEGS = 3.0
 MARGIN = 1.0  # standard deviations: by trial on the simulator, 5 % of answers over the truth
 DRIFT = 1.15  # medians of two legs of a level: replicates are within 1.05 of each other
@@ -93,7 +93,7 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
     if not legs:
         return None
     seen = sequential.share([_blocks(j) for j in legs], criteria.target, criteria.confidence,
-                            criteria.runs_differ, criteria.refute)
+                            criteria.runs_differ, (criteria.refute, criteria.refutes_differ))
     load: LoadVerdict = "UNRESOLVED"
     if seen.upper < criteria.target or any(contradicts(j, criteria) for j in legs):
         load = "UNSAFE"
@@ -290,7 +290,8 @@ def not_monotone(legs: Sequence[Judgement], criteria: Criteria) -> list[str]:
         here = [j for j in legs if j.value == level and j.phase in OF_LEVEL and j.n]
         good, n = sum(j.good for j in here), sum(j.n for j in here)
         if n:
-            worth = n / sequential.design_effect([_blocks(j) for j in here], criteria.runs_differ)
+            worth = n / sequential.design_effect([_blocks(j) for j in here],
+                                                 criteria.refutes_differ)
             seen.append((level, good / n, metrics.lower_bound(good / n * worth, worth,
                                                               criteria.refute),
                          metrics.upper_bound(good / n * worth, worth, criteria.refute)))

@@ -52,12 +52,14 @@ class ServerSigns(Struct, frozen=True):
 class Criteria(Struct, frozen=True):
     """What "safe" asks for: attainment ≥ target at one-sided confidence. A search's legs are
     many: one of them refutes only at `refute`, so that all of a search together err no more
-    often than one confirmation. `runs_differ`: ρ of `sequential`."""
+    often than one confirmation. `runs_differ`, `refutes_differ`: ρ of `sequential`, for the lower
+    and the upper bound."""
 
     target: float = 0.95
     confidence: float = 0.95
     refute: float = 0.995
     runs_differ: float = sequential.RUNS_DIFFER
+    refutes_differ: float = sequential.REFUTES_DIFFER
     calibration: Calibration | None = None  # of the generator; beyond it no measurement is sure
 
 
@@ -129,10 +131,10 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     answer_s = _mean_answer_s(records)
     blocks = _blocks(window, [(r.due_ns, not w) for r, w in zip(sample, why, strict=True)],
                      answer_s or 0.0)
-    worth = worth_of(leg.phase, blocks, criteria)
+    worth, upper_worth = worth_of(leg.phase, blocks, criteria)
     sure = criteria.confidence if leg.phase == "run" else criteria.refute
     lower = metrics.lower_bound(good * worth, n * worth, criteria.confidence)
-    upper = metrics.upper_bound(good * worth, n * worth, sure)
+    upper = metrics.upper_bound(good * upper_worth, n * upper_worth, sure)
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
     books = balance.of(leg, window, sample, records, signs.counted)
     findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind,
@@ -140,7 +142,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     distress = _distress(signs, n)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()
-               if m and metrics.upper_bound(g * worth, m * worth, each) < criteria.target]
+               if m and metrics.upper_bound(g * upper_worth, m * upper_worth, each) < criteria.target]
     strains = sorted(((r.due_ns, x, is_due(window, r)) for r in records
                       if not window.is_void(r.due_ns, r.end_ns)
                       and (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
@@ -174,11 +176,15 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         settled_s=_settled_s(window, strains), rises=rises)
 
 
-def worth_of(phase: Phase, blocks: sequential.Blocks, criteria: Criteria) -> float:
-    """What share of a leg's requests it is worth in independent ones. A run speaks for itself, a
-    leg of a search for its level."""
-    differ = 0.0 if phase == "run" else criteria.runs_differ
-    return 1 / sequential.design_effect([blocks], differ)
+def worth_of(phase: Phase, blocks: sequential.Blocks,
+             criteria: Criteria) -> tuple[float, float]:
+    """What share of a leg's requests it is worth in independent ones, for the lower bound and for
+    the upper one. A run speaks for itself, a leg of a search for its level."""
+    if phase == "run":
+        worth = 1 / sequential.design_effect([blocks], 0.0)
+        return worth, worth
+    return (1 / sequential.design_effect([blocks], criteria.runs_differ),
+            1 / sequential.design_effect([blocks], criteria.refutes_differ))
 
 
 def _blocks(window: Window, seen: Sequence[tuple[int, bool]],

@@ -7,9 +7,9 @@ et al., Ann. Statist. 49, 2021, §3). For a share p of n requests of which k wer
 
 is a martingale under p that starts at 1, so it ever exceeds 1/α with probability at most α,
 whenever one looks (Ville). The bounds are where M(p) = 1/α. The mixture is laid where an answer is
-sought, a little above the target for the lower bound and below it for the upper one; there it costs a third
-more requests than a bound for one look at a fixed number (128 against 93 with one miss; 0.95 at
-95 %).
+sought, a little above the target for the lower bound and below it for the upper one; there it costs
+a third more requests than a bound for one look at a fixed number (128 against 93 with one miss;
+0.95 at 95 %).
 
 **Clumps.** Requests of one moment share their fate, and runs of a server differ from one another,
 so n requests tell less than n independent ones: k and n are divided by a design effect. It has
@@ -27,7 +27,9 @@ from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
-RUNS_DIFFER = .005  # ρ: 1.5 points at 95 %
+RUNS_DIFFER = 0.005  # ρ: 1.5 points at 95 %
+REFUTES_DIFFER = 0.04  # … and what legs of half a minute show on the simulator near its edge, where
+# UNSAFE is said of one leg of a level: a batch that fell badly is no property of the level
 PRIOR_LEGS = 2.0
 PRIOR_BLOCKS = 8.0
 # Where the mixtures lie: mean misses as a multiple of what the target allows, and the weight b of a
@@ -49,15 +51,17 @@ class Share(Struct, frozen=True):
 
 
 def share(legs: Sequence[Blocks], target: float, confidence: float,
-          runs_differ: float = RUNS_DIFFER, refute: float | None = None) -> Share:
-    """What legs of one level show together; each by its blocks. `refute`: confidence of the upper
-    bound, if it is another."""
+          runs_differ: float = RUNS_DIFFER,
+          refute: tuple[float, float] | None = None) -> Share:
+    """What legs of one level show together; each by its blocks. `refute`: confidence and ρ of the
+    upper bound, if they are others."""
     good = sum(g for leg in legs for g, _ in leg)
     n = sum(m for leg in legs for _, m in leg)
     design = design_effect(legs, runs_differ)
     lower, upper = bounds(good / design, n / design, target, confidence)
     if refute is not None:
-        _, upper = bounds(good / design, n / design, target, refute)
+        wide = design_effect(legs, refute[1])
+        _, upper = bounds(good / wide, n / wide, target, refute[0])
     return Share(good, n, design, lower, upper)
 
 

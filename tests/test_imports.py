@@ -17,7 +17,7 @@ HOUSE = ("loadgen", "servers", "analysis")
 ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
-    "scenario": "config errors",
+    "scenario": "config errors presets", "presets": "",
     "prompts": "scenario texts",
     "leg": "scenario",
     "stages": "scenario",
@@ -74,7 +74,7 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "sequential", "settle", "judge", "evidence", "pace", "ramp", "leg",
         "stages", "deadline", "plan", "prompts", "scenario",
-        "target", "telemetry.signs", "headroom", "rungs"}
+        "target", "telemetry.signs", "headroom", "rungs", "presets"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

@@ -98,10 +98,10 @@ def test_confirmed_verdicts_are_those_of_the_beta_distribution(good: Any, n: Any
 
 def test_a_leg_of_a_search_refutes_only_at_more_confidence() -> None:
     """It speaks for its level, and other runs of that level may be better: its 300 requests are
-    worth 120, and it is one of many legs."""
+    worth 23, and it is one of many legs."""
     assert of(277, 300).load == "UNSAFE"
     assert of(277, 300, phase="ladder").load == "UNRESOLVED"
-    assert of(265, 300, phase="ladder").load == "UNSAFE"
+    assert of(200, 300, phase="ladder").load == "UNSAFE"
     worth = 1 / (1 + 299 * Criteria().runs_differ)
     assert of(277, 300, phase="confirm").lower == pytest.approx(
         stats.beta.ppf(0.05, 277 * worth, 23 * worth + 1), abs=1e-7)

@@ -140,9 +140,9 @@ def judgement(leg: Leg, blocks: list[tuple[int, int]], answer_s: float,
               criteria: Criteria, strain: float | None = None) -> Judgement:
     """What the judge says of a leg with these blocks."""
     good, n = sum(g for g, _ in blocks), sum(m for _, m in blocks)
-    worth = worth_of(leg.phase, blocks, criteria)
+    worth, upper_worth = worth_of(leg.phase, blocks, criteria)
     lower = metrics.lower_bound(good * worth, n * worth, criteria.confidence)
-    upper = metrics.upper_bound(good * worth, n * worth, criteria.refute)
+    upper = metrics.upper_bound(good * upper_worth, n * upper_worth, criteria.refute)
     load: LoadVerdict = ("UNSAFE" if upper < criteria.target
                          else "SAFE" if lower >= criteria.target else "UNRESOLVED")
     held_s = leg.measure_s or 1.0
