@@ -9,7 +9,8 @@ from msgspec import Struct
 from loadgen.scenario import Load
 
 Axis = Literal["concurrency", "rate"]
-Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "overload", "unit"]
+Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "poisson", "burst",
+                "overload", "recover", "unit"]
 Ending = Literal["done", "cut", "interrupted", "server_died", "failed"]
 
 

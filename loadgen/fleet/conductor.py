@@ -16,7 +16,7 @@ from loadgen.fleet.run import FleetRun, OnLeg
 from loadgen.judge import Judgement, ServerSigns
 from loadgen.leg import Ending, Leg, Window
 from loadgen.options import levels_of
-from loadgen.ramp import SweepPlan
+from loadgen.ramp import SweepPlan, finest_of
 from loadgen.record import RequestRecord
 from loadgen.scenario import Closed
 from loadgen.store import RunFolder
@@ -52,7 +52,7 @@ class Conductor:
             levels=levels_of(None, float(most) if rate is None else rate,
                              "concurrency" if rate is None else "rate"),
             budget_s=budget_s, seed=prepared.seed, criteria=prepared.criteria,
-            can_restart=lifecycle.can_restart)
+            can_restart=lifecycle.can_restart, finest=finest_of(budget_s))
 
     def start(self) -> None:
         self._run.goes_on = True
