@@ -28,6 +28,18 @@ SCHEMA = 1
 T = TypeVar("T")
 
 
+class Worker(Struct, frozen=True):
+    """One host's part of a run on many. Its shards stamp with its own monotonic clock, which is
+    `offset_ns` ahead of the master's, give or take `error_ns`; journals hold its stamps, and
+    `RunFolder.records` gives them on the master's clock."""
+
+    name: str
+    shards: list[int]
+    offset_ns: int
+    error_ns: int
+    host: dict[str, Any]
+
+
 class Manifest(Struct, frozen=True):
     """What was asked, of what, with what. Holds no secret."""
 
@@ -47,6 +59,7 @@ class Manifest(Struct, frozen=True):
     host: dict[str, Any]
     processes: int = 1
     calibration: Calibration | None = None  # that was in force; of one generator process
+    workers: list[Worker] = []  # of a fleet
 
 
 class Header(Struct, frozen=True):
@@ -188,6 +201,7 @@ class RunFolder:
     def records(self, offsets: dict[Path, int] | None = None) -> Iterator[RequestRecord]:
         """All records. `offsets` (bytes already read, by file) makes it read only what came
         since, and is brought up to date."""
+        ahead_ns = self._ahead_ns()
         for path in sorted(self.path.glob("records-*.jsonl")):
             start = (offsets or {}).get(path, 0)
             for line, end in self._lines(path, start):
@@ -196,7 +210,13 @@ class RunFolder:
                 if not line.startswith(b'{"schema":'):
                     record = self._decode(line, _decode_record)
                     if record is not None:
-                        yield record
+                        yield _back(record, ahead_ns.get(record.shard, 0))
+
+    def _ahead_ns(self) -> dict[int, int]:
+        """By shard: how far its host's clock is ahead of this run's."""
+        if not (self.path / "manifest.json").exists():
+            return {}
+        return {shard: w.offset_ns for w in self.manifest().workers for shard in w.shards}
 
     def headers(self) -> list[Header]:
         """The record journals' first lines, in the order of shards."""
@@ -242,6 +262,17 @@ class RunFolder:
         except (msgspec.DecodeError, UnicodeDecodeError):
             self.torn += 1
             return None
+
+
+def _back(record: RequestRecord, ahead_ns: int) -> RequestRecord:
+    """Its instants on a clock that is so far behind; every duration stays what it was."""
+    if ahead_ns:
+        record.due_ns -= ahead_ns
+        record.end_ns -= ahead_ns
+        for name in ("sent_ns", "headers_ns", "first_ns", "first_visible_ns"):
+            if (at := getattr(record, name)) is not None:
+                setattr(record, name, at - ahead_ns)
+    return record
 
 
 _decode_record = msgspec.json.Decoder(RequestRecord)
