@@ -13,13 +13,14 @@ from locust.rpc import zmqrpc
 from locust.runners import LocalRunner, WorkerRunner
 
 from loadgen.errors import LoadgenError, ScenarioError
-from loadgen.fleet import options, seal, web
+from loadgen.fleet import options, web
 from loadgen.fleet.lifecycle import USAGE, Lifecycle, install
-from loadgen.fleet.messages import WIRE_BYTES
 from loadgen.fleet.shapes import RampShape, ScenarioShape
 from loadgen.fleet.user import LLMUser
 from loadgen.fleet.wide import WideLifecycle
 from loadgen.fleet.worker import Worker
+from loadgen.hosts import seal
+from loadgen.hosts.messages import WIRE_BYTES
 
 __all__ = ["LLMUser", "RampShape", "ScenarioShape"]
 

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import scenario
-from loadgen.fleet.delivery import Outgoing
-from loadgen.fleet.messages import SHARD_LEASE_S, Do, Plan
+from loadgen.hosts.delivery import Outgoing
+from loadgen.hosts.messages import SHARD_LEASE_S, Do, Plan
 from loadgen.leg import Leg
 from loadgen.shard import Command, Frame, Setup
 from loadgen.target import Target

@@ -24,7 +24,6 @@ from loadgen.attend import Ask
 from loadgen.errors import FolderError, GeneratorError, LoadgenError, ScenarioError, ServerError
 from loadgen.fleet import options, prepare
 from loadgen.fleet.attendant import Attendant
-from loadgen.fleet.conductor import Conductor
 from loadgen.fleet.live import Live
 from loadgen.fleet.run import RUNS, FleetRun, OnLeg, Prepared
 from loadgen.leg import Ending, Leg
@@ -275,10 +274,6 @@ class Lifecycle:
         if self._own is not None:
             self._log_from = self._own[1].stat().st_size
         return self.asked, prepared
-
-    def conductor(self, most: int, budget_s: float) -> Any:
-        """A search over this test's users."""
-        return Conductor(self, most, budget_s)
 
     def _cannot(self, error: LoadgenError) -> None:
         self.discard()

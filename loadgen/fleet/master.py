@@ -15,14 +15,14 @@ from msgspec import Struct
 
 from loadgen import scenario
 from loadgen.errors import GeneratorError
-from loadgen.fleet import ledger
-from loadgen.fleet.clock import Offset
-from loadgen.fleet.delivery import hash_of
-from loadgen.fleet.ledger import Entry
-from loadgen.fleet.members import Member, Roll
-from loadgen.fleet.messages import BEAT_S, LOOK_S, RETURN_S, Do, Order, Plan
 from loadgen.fleet.run import Prepared
-from loadgen.fleet.seal import Forged, fingerprint
+from loadgen.hosts import ledger
+from loadgen.hosts.clock import Offset
+from loadgen.hosts.delivery import hash_of
+from loadgen.hosts.ledger import Entry
+from loadgen.hosts.members import Member, Roll
+from loadgen.hosts.messages import BEAT_S, LOOK_S, RETURN_S, Do, Order, Plan
+from loadgen.hosts.seal import Forged, fingerprint
 from loadgen.leg import Ending, Leg, Window
 from loadgen.record import RequestRecord
 from loadgen.shard import Frame

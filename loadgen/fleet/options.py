@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from loadgen import scenario
 from loadgen.errors import ScenarioError
-from loadgen.fleet.messages import MOST_SHARDS
+from loadgen.hosts.messages import MOST_SHARDS
 from loadgen.scenario import Scenario
 
 OWN_TASKS = ("users with tasks of their own run in one process: what workers send is the "

@@ -11,11 +11,12 @@ from locust.env import Environment
 from loadgen import facts, view
 from loadgen.attend import Ask
 from loadgen.errors import LoadgenError, ScenarioError
-from loadgen.fleet import ledger, options
+from loadgen.fleet import options
 from loadgen.fleet.conductor import at_once, restart_server
 from loadgen.fleet.lifecycle import INTERRUPTED, INVALID, USAGE, Lifecycle
 from loadgen.fleet.master import Fleet, FleetTest, Outcome, workers_of
 from loadgen.fleet.wide_live import WideLive
+from loadgen.hosts import ledger
 from loadgen.judge import Judgement, ServerSigns
 from loadgen.leg import Leg, Window
 from loadgen.options import levels_of

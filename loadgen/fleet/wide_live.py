@@ -5,11 +5,11 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from loadgen.fleet import tallies
 from loadgen.fleet.live import KEEP, TOTAL, Failures, Live, Now, Sample
 from loadgen.fleet.master import FleetTest
-from loadgen.fleet.messages import Delta
 from loadgen.fleet.run import RECENT_S
+from loadgen.hosts import tallies
+from loadgen.hosts.messages import Delta
 from loadgen.record import Outcome
 
 now_ns = time.monotonic_ns

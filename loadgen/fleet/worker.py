@@ -17,10 +17,11 @@ from locust.rpc.protocol import Message as Envelope
 import loadgen
 from loadgen import scenario
 from loadgen.errors import ScenarioError
-from loadgen.fleet import identity, ledger, options, rows, tallies
+from loadgen.fleet import options, rows
 from loadgen.fleet.crew import Crew
-from loadgen.fleet.delivery import Outgoing, hash_of
-from loadgen.fleet.messages import (
+from loadgen.hosts import identity, ledger, tallies
+from loadgen.hosts.delivery import Outgoing, hash_of
+from loadgen.hosts.messages import (
     LEASE_S,
     LOOK_S,
     LOOKS,
@@ -38,7 +39,7 @@ from loadgen.fleet.messages import (
     State,
     Welcome,
 )
-from loadgen.fleet.seal import Forged, Seal, fingerprint, nonce
+from loadgen.hosts.seal import Forged, Seal, fingerprint, nonce
 from loadgen.leg import Leg
 from loadgen.record import Outcome
 from loadgen.scenario import Scenario

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from loadgen import scenario
 from loadgen.errors import ScenarioError
-from loadgen.fleet.messages import LIMITS, FromMaster, FromWorker, Hello, Message, Refused, Welcome
+from loadgen.hosts.messages import LIMITS, FromMaster, FromWorker, Hello, Message, Refused, Welcome
 
 TOKEN = "LOADGEN_FLEET_TOKEN"
 MIN_TOKEN = 16

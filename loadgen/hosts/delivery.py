@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from loadgen.errors import StoreError
-from loadgen.fleet.messages import PIECE_BYTES, PIECES_AHEAD, Piece
+from loadgen.hosts.messages import PIECE_BYTES, PIECES_AHEAD, Piece
 from loadgen.record import RequestRecord
 
 RESEND_S = 2.0  # without an acknowledgement

@@ -11,10 +11,10 @@ import msgspec
 
 import loadgen
 from loadgen.errors import StoreError
-from loadgen.fleet import identity
-from loadgen.fleet.clock import Clock, Offset, Ping
-from loadgen.fleet.delivery import Incoming
-from loadgen.fleet.messages import (
+from loadgen.hosts import identity
+from loadgen.hosts.clock import Clock, Offset, Ping
+from loadgen.hosts.delivery import Incoming
+from loadgen.hosts.messages import (
     LOOKS,
     PROTOCOL,
     SILENT_S,
@@ -31,7 +31,7 @@ from loadgen.fleet.messages import (
     Report,
     Welcome,
 )
-from loadgen.fleet.seal import Seal, nonce
+from loadgen.hosts.seal import Seal, nonce
 from loadgen.shard import Frame
 from loadgen.store import Worker
 

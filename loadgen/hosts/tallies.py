@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from loadgen import metrics
-from loadgen.fleet.messages import Buckets, ClassDelta, Delta
+from loadgen.hosts.messages import Buckets, ClassDelta, Delta
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Slo
 
