@@ -441,5 +441,6 @@ def test_messages_of_each_kind_survive_the_way() -> None:
                     Beat(1, 2, "r", Order("leg", leg, 99), {0: 1}), Ack("r", 0, 9),
                     Welcome(b"h" * 16, b"w" * 16)):
         read = worker.open(master.close(message))
-        assert msgspec.to_builtins(read) == msgspec.to_builtins(message, enc_hook=scenario.enc_hook)
+        json = [msgspec.json.encode(x, enc_hook=scenario.enc_hook) for x in (read, message)]
+        assert json[0] == json[1]
         assert type(read) is type(message)
