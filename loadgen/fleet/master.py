@@ -54,9 +54,11 @@ class Clocked(Struct, frozen=True):
 
 class Outcome(Struct, frozen=True):
     """fleet.json: what came of a test. `exact`: every planned arrival has one record, and each
-    journal here is its worker's, byte for byte."""
+    journal here is its worker's, byte for byte. `start_s`: from the test's start to the first
+    request's."""
 
     exact: bool
+    start_s: float | None
     says: list[str]
     entries: list[Entry]
     clocks: list[Clocked]
@@ -73,6 +75,7 @@ class Fleet:
         self.roll = Roll(token, lambda node, data: runner.send_message(NAME, data, node))
         self._token, self._environment = token, environment
         self._order, self._run = Order(), ""
+        self._strangers: set[str] = set()
         runner.register_message(NAME, self._hear)
         self._living = [gevent.spawn(self._beats), gevent.spawn(self._watch)]
 
@@ -87,6 +90,7 @@ class Fleet:
         while True:
             there = [m for m in self.roll.members.values()
                      if not m.is_silent and (o := m.clock.offset()) and o.pings >= PINGS // 2]
+            self.roll.forget_gone(self._environment.runner.clients)  # type: ignore[union-attr]
             if self.roll.refused:
                 raise GeneratorError("; ".join(self.roll.refused.values()))
             if len(there) >= max(1, expected):
@@ -155,7 +159,9 @@ class Fleet:
         try:
             came = self.roll.hear(msg.node_id, msg.data, got_ns)
         except Forged as e:
-            log.warning("a message of %s was passed over: %s", msg.node_id, e)
+            if msg.node_id not in self._strangers:
+                log.warning("messages of %s are passed over: %s", msg.node_id, e)
+            self._strangers.add(msg.node_id)
             return
         if came is not None:
             late = " while a test runs: it takes part from the next one on" if self._run else ""
@@ -192,6 +198,7 @@ class FleetTest:
         self.on: OnWideLeg | None = None
         self.spent: list[Spent] = []
         self.stopping: Do | None = None  # what the operator wants: stop or cancel
+        self.began_ns = now_ns()  # or before: see WideLifecycle
         self._offsets: dict[Path, int] = {}
         self._legs: Journal = folder.legs_journal()
         self._owners = [""] * sum(len(m.incoming) for m in members)
@@ -330,8 +337,10 @@ class FleetTest:
             lost.append(self.fleet.roll.failed)
         missing = ledger.says(found)
         says = [*lost, *([missing] if missing else []), *twice]
+        first_ns = min((r.sent_ns for r in records if r.sent_ns is not None), default=None)
         return Outcome(
-            exact=not says and all(e.is_exact for e in found), says=says, entries=found,
+            exact=bool(self.spent) and not says and all(e.is_exact for e in found), says=says, entries=found,
+            start_s=None if first_ns is None else round((first_ns - self.began_ns) / 1e9, 3),
             clocks=[Clocked(m.hello.name, m.offset.ahead_ns, m.offset.error_ns,
                             m.clock.drift_ns(m.offset.ahead_ns), m.offset.pings)
                     for m in self.members],

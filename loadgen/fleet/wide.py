@@ -2,7 +2,9 @@
 
 import logging
 import sys
+import time
 from pathlib import Path
+from socket import gethostname
 
 import gevent
 import psutil
@@ -69,6 +71,10 @@ class WideLifecycle(Lifecycle):
                                 "use locustfiles/ramp.py or open_loop.py, or one process")
         super().check(asked)
 
+    def test_start(self) -> None:
+        self._began_ns = time.monotonic_ns()
+        super().test_start()
+
     def test_stopping(self) -> None:
         if self._conductor is not None:
             self._conductor.stop(self._interrupted)
@@ -122,7 +128,11 @@ class WideLifecycle(Lifecycle):
         self.outcome, self.seen = None, {}
         asked, prepared = self._next()
         expected = self._options.expect_workers if self._options.headless else 1
-        stripes = self.fleet.stripes(self.fleet.muster(expected))
+        members = self.fleet.muster(expected)
+        if self.can_restart and any(m.hello.host.get("name") != gethostname() for m in members):
+            raise ScenarioError("the simulator of this host can be reached from this host only: "
+                                "give --host, with a name that all workers know")
+        stripes = self.fleet.stripes(members)
         shards = sum(m.hello.shards for m, _, _ in stripes)
         assert self.server is not None
         assert self.folder is not None
@@ -134,7 +144,7 @@ class WideLifecycle(Lifecycle):
             workers_of(stripes)))
         test = self.fleet.begin(stripes, folder, prepared, asked.api_key)
         self.attendant.ask(Ask("watch", folder=str(folder.path), simulated=bool(said["simulated"])))
-        self.test = test
+        self.test, test.began_ns = test, self._began_ns
         self.live.begin_test(test)
         log.info("%s → %s at %s over %d workers with %d shards; records in %s",
                  prepared.scenario.name, prepared.target.model, prepared.target.base_url,

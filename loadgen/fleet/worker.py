@@ -48,6 +48,7 @@ from loadgen.target import Target
 NAME = "loadgen"  # of Locust's custom message
 INVALID = 3
 TAIL_S = 1.0
+TRIES = 5  # greetings without an answer
 AT_ONCE = 25  # records that are shown without a pause
 
 log = logging.getLogger("loadgen")
@@ -120,14 +121,20 @@ class Worker:
             version=loadgen.__version__, code=identity.code(), shards=self._options.shards,
             scenario=ledger.scenario_hash(scenario.load(given)) if given else None,
             host=identity.host())
+        tries = 0
         while self.state is None and not self._refused:
             self._send(hello)
             gevent.sleep(1)
+            if (tries := tries + 1) == TRIES and self.state is None and not self._refused:
+                log.error("the master passes over this worker's messages: is its "
+                          "$LOADGEN_FLEET_TOKEN another one?")
 
     def _send(self, message: Message) -> None:
         try:
             self.environment.runner.send_message(  # type: ignore[union-attr]
                 NAME, self._seal.close(message))
+        except ValueError as e:
+            log.error("%s", e)  # noqa: TRY400  (a message too large: the master will miss it)
         except Exception as e:  # noqa: BLE001  (Locust's RPC errors: the master may be gone)
             log.debug("not sent: %s", e)
 

@@ -4,7 +4,7 @@ have come. Messages in, messages out; what is to be done is decided in `master`.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import msgspec
@@ -185,6 +185,12 @@ class Roll:
         assert member is not None, "outside of a session there are greetings only"
         self._heed(member, message, got_ns)
         return None
+
+    def forget_gone(self, there: Container[str]) -> None:
+        """Those whose connections are gone; one in a test stays, as what it sent is in it."""
+        self.refused = {node: why for node, why in self.refused.items() if node in there}
+        self.members = {node: m for node, m in self.members.items()
+                        if node in there or m.plan is not None}
 
     def _heed(self, member: Member, message: Message, got_ns: int) -> None:
         if isinstance(message, Report):
