@@ -87,12 +87,8 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "judge", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario",
-<<<<<<< HEAD
-        "target", "telemetry.signs", "headroom", "rungs", "health"}
-=======
-        "target", "telemetry.signs", "headroom", "rungs", "hosts.clock", "hosts.ledger",
-        "hosts.tallies"}
->>>>>>> 95f0ce4 (What a fleet needs besides Locust is a house of its own: pure, and tested as such)
+        "target", "telemetry.signs", "headroom", "rungs", "health", "hosts.clock",
+        "hosts.ledger", "hosts.tallies"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

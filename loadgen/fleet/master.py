@@ -339,7 +339,8 @@ class FleetTest:
         says = [*lost, *([missing] if missing else []), *twice]
         first_ns = min((r.sent_ns for r in records if r.sent_ns is not None), default=None)
         return Outcome(
-            exact=bool(self.spent) and not says and all(e.is_exact for e in found), says=says, entries=found,
+            exact=bool(self.spent) and not says and all(e.is_exact for e in found),
+            says=says, entries=found,
             start_s=None if first_ns is None else round((first_ns - self.began_ns) / 1e9, 3),
             clocks=[Clocked(m.hello.name, m.offset.ahead_ns, m.offset.error_ns,
                             m.clock.drift_ns(m.offset.ahead_ns), m.offset.pings)

@@ -15,6 +15,7 @@ Without tasks of its own a user asks what the scenario's mix says.
 import time
 from typing import Any, ClassVar
 
+import gevent
 from locust import HttpUser
 from locust.env import Environment
 from locust.exception import StopUser
@@ -62,8 +63,8 @@ class LLMUser(HttpUser):
         with a `text` of your own; returns its record when its stream has ended. Raises StopUser
         when the test is over, and on a class that the scenario does not have: that ends it."""
         run: FleetRun | None = self._run
-        if run is None:
-            raise StopUser
+        while run is None:  # of a fleet's worker: its shards send, until Locust stops this user
+            gevent.sleep(1)
         run.check_class(cls)
         taken = run.take_off(cls, text, max_tokens, self._slot_free_ns())
         if taken is None:

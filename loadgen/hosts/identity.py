@@ -27,7 +27,7 @@ def name() -> str:
 
 
 def host() -> dict[str, str | int | float | None]:
-    return {"name": socket.gethostname(), "cores": os.cpu_count(), "machine": platform.machine(), "pid": os.getpid(),
-            "system": platform.platform()[:200], "python": platform.python_version(),
-            "numpy": version("numpy"), "locust": version("locust"),
-            "load": round(os.getloadavg()[0], 2)}
+    return {"name": socket.gethostname(), "cores": os.cpu_count(), "pid": os.getpid(),
+            "machine": platform.machine(), "system": platform.platform()[:200],
+            "python": platform.python_version(), "numpy": version("numpy"),
+            "locust": version("locust"), "load": round(os.getloadavg()[0], 2)}
