@@ -27,7 +27,7 @@ from loadgen.hosts.messages import (
     Welcome,
 )
 from loadgen.hosts.seal import Forged, Seal
-from loadgen.leg import Leg, Window
+from loadgen.leg import Leg
 from loadgen.prompts import Ratio
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond
@@ -202,9 +202,10 @@ def leg_of(load: Load, measure_s: float | None = 10.0) -> Leg:
                warmup_s=0.0, measure_s=measure_s)
 
 
-def window_of(leg: Leg, to_s: float = 10.0) -> Window:
-    return Window(leg=leg.id, t0_ns=7 * S, from_ns=7 * S, to_ns=7 * S + round(to_s * S),
-                  end_ns=20 * S, ending="done")
+def entries(leg: Leg, records: list[RequestRecord], owners: list[str],
+            stop_s: float = 12.0) -> list[ledger.Entry]:
+    until_ns = ledger.until_ns(leg, 7 * S, [7 * S + round(stop_s * S), 20 * S])
+    return ledger.entries(leg, 7 * S, until_ns, records, owners)
 
 
 def record(k: int, shard: int, due_s: float) -> RequestRecord:
@@ -222,7 +223,7 @@ INSIDE = [k for k, s in ALL if s < 10]
 @pytest.mark.parametrize("of", [1, 2, 3, 5])
 def test_a_plan_with_all_its_records_misses_nothing(of: int) -> None:
     leg = leg_of(OPEN)
-    found = ledger.entries(leg, window_of(leg), [record(k, k % of, s) for k, s in ALL],
+    found = entries(leg, [record(k, k % of, s) for k, s in ALL],
                            [f"w{i}" for i in range(of)])
     assert all(e.is_exact for e in found)
     assert sum(e.planned for e in found) == sum(e.received for e in found) == len(INSIDE)
@@ -232,8 +233,8 @@ def test_a_plan_with_all_its_records_misses_nothing(of: int) -> None:
 @given(st.sets(st.sampled_from(INSIDE), min_size=1), st.sampled_from([1, 2, 3]))
 def test_each_arrival_without_a_record_is_named_with_its_worker(gone: set[int], of: int) -> None:
     leg = leg_of(OPEN)
-    found = ledger.entries(
-        leg, window_of(leg), [record(k, k % of, s) for k, s in ALL if k not in gone],
+    found = entries(
+        leg, [record(k, k % of, s) for k, s in ALL if k not in gone],
         [f"w{i}" for i in range(of)])
     named = {k for e in found for a, b in e.missing for k in range(a, b + 1, e.every)}
     assert named == gone
@@ -248,7 +249,7 @@ def test_each_arrival_without_a_record_is_named_with_its_worker(gone: set[int], 
 def test_an_arrival_with_two_records_is_named() -> None:
     leg = leg_of(OPEN)
     records = [record(k, k % 2, s) for k, s in ALL]
-    found = ledger.entries(leg, window_of(leg), [*records, records[4]], ["a", "b"])
+    found = entries(leg, [*records, records[4]], ["a", "b"])
     assert found[0].twice == [4]
     assert not found[0].is_exact
 
@@ -259,23 +260,31 @@ def test_of_a_leg_that_was_stopped_the_last_instant_is_nobody_s_fault() -> None:
     k, due_s = ALL[40]
     records = [record(i, 0, s) for i, s in ALL[:40]]
     for to_s, missing in ((due_s + 0.05, 0), (due_s + 0.2, 1)):
-        found = ledger.entries(leg, window_of(leg, to_s), records, ["a"])
+        found = entries(leg, records, ["a"], to_s)
         assert found[0].n_missing >= missing
         assert (k in {a for a, _ in found[0].missing}) is bool(missing)
+
+
+def test_of_a_leg_that_failed_in_its_warm_up_only_what_was_due_by_then_is_asked_for() -> None:
+    leg = msgspec.structs.replace(leg_of(OPEN), warmup_s=5.0)
+    records = [record(k, 0, s) for k, s in ALL if s < 2.0]
+    found = entries(leg, records, ["a"], 2.0)
+    assert found[0].is_exact
+    assert found[0].planned == sum(s < 1.9 for _, s in ALL)
 
 
 def test_of_a_closed_loop_what_lies_before_the_last_one_known_is_missing() -> None:
     leg = leg_of(Closed(concurrency=4))
     due = {0: [0, 2, 4, 8], 1: [1, 3, 5]}
     records = [record(k, i, k / 10) for i, ks in due.items() for k in ks]
-    found = ledger.entries(leg, window_of(leg), records, ["a", "b"])
+    found = entries(leg, records, ["a", "b"])
     assert [e.missing for e in found] == [[(6, 6)], []]
-    assert ledger.entries(leg, window_of(leg), [], ["a", "b"])[0].planned == 0
+    assert entries(leg, [], ["a", "b"])[0].planned == 0
 
 
 def test_a_shard_without_a_slot_misses_nothing() -> None:
     leg = leg_of(Closed(concurrency=2))
-    found = ledger.entries(leg, window_of(leg), [record(k, k % 2, k / 10) for k in range(6)],
+    found = entries(leg, [record(k, k % 2, k / 10) for k in range(6)],
                            ["a", "b", "c"])
     assert [(e.planned, e.n_missing) for e in found] == [(3, 0), (3, 0), (0, 0)]
 

@@ -39,7 +39,14 @@ DELIVER_S = 20.0  # without a byte more
 
 log = logging.getLogger("loadgen")
 now_ns = time.monotonic_ns
-Spent = tuple[Leg, Window]
+
+
+class Spent(Struct, frozen=True):
+    """A leg that is over; what was due in it before `until_ns` must have records."""
+
+    leg: Leg
+    t0_ns: int
+    until_ns: int
 
 
 class Clocked(Struct, frozen=True):
@@ -227,7 +234,9 @@ class FleetTest:
         self._collect(lambda m: m.has_ended(leg.id))
         window = window_of(leg, t0_ns, now_ns(), self.frames, ending, None)
         records = [r for r in self.folder.records(self._offsets) if r.leg == leg.id]
-        found = ledger.entries(leg, window, records, self._owners)
+        until_ns = ledger.until_ns(
+            leg, t0_ns, [f.stopped_ns for f in self.frames if f.stopped_ns is not None])
+        found = ledger.entries(leg, t0_ns, until_ns, records, self._owners)
         if (why := self.broken()) is not None:
             ending, note = "failed", why
         missing = ledger.says(found)
@@ -236,7 +245,7 @@ class FleetTest:
         window = msgspec.structs.replace(window, ending=ending, note=note)
         self._legs.append(LegLine(window=window))
         self.on = None
-        self.spent.append((leg, window))
+        self.spent.append(Spent(leg, t0_ns, until_ns))
         return window, records
 
     def close(self) -> Outcome:
@@ -328,8 +337,8 @@ class FleetTest:
 
     def _outcome(self) -> Outcome:
         records = list(self.folder.records())
-        found = [e for leg, window in self.spent
-                 for e in ledger.entries(leg, window, records, self._owners)]
+        found = [e for x in self.spent
+                 for e in ledger.entries(x.leg, x.t0_ns, x.until_ns, records, self._owners)]
         twice = [f"{len(e.twice)} arrivals of {e.worker} have two records"
                  for e in found if e.twice]
         lost = [m.lost for m in self.members if m.lost]

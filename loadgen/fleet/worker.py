@@ -271,7 +271,7 @@ class Worker:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = self._plan = None
-        self._hashes, self.state, self.failed = {}, "greeted", None
+        self._hashes, self.state = {}, "greeted"  # what failed is its exit code's, too
 
     def _put_down(self) -> None:
         if self._crew is not None:

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from loadgen import plan, scenario
-from loadgen.leg import Leg, Window
+from loadgen.leg import Leg
 from loadgen.prompts import Ratio
 from loadgen.record import RequestRecord
 from loadgen.scenario import Closed, Open, PerSecond, Scenario, Trace
@@ -46,17 +46,17 @@ class Entry(Struct, frozen=True):
         return not self.missing and not self.twice
 
 
-def entries(leg: Leg, window: Window, records: Iterable[RequestRecord],
+def entries(leg: Leg, t0_ns: int, until_ns: int, records: Iterable[RequestRecord],
             owners: Sequence[str]) -> list[Entry]:
-    """`owners`: the worker of each shard; instants are of one clock."""
+    """What was due before `until_ns`. `owners`: the worker of each shard; instants are of one
+    clock."""
     due: list[Counter[int]] = [Counter() for _ in owners]
-    until_ns = _until_ns(leg, window)
     for r in records:
         if r.leg == leg.id and r.turn == 0 and r.due_ns < until_ns and r.shard < len(owners):
             due[r.shard][r.session] += 1
     of = len(owners)
     every = min(of, leg.load.concurrency) if isinstance(leg.load, Closed) else of
-    asked = (_stripes(leg, window.t0_ns, until_ns, of) if not isinstance(leg.load, Closed) else
+    asked = (_stripes(leg, t0_ns, until_ns, of) if not isinstance(leg.load, Closed) else
              [list(range(i, max(due[i], default=-1) + 1, every)) for i in range(of)])
     found = []
     for i, planned in enumerate(asked):
@@ -68,14 +68,14 @@ def entries(leg: Leg, window: Window, records: Iterable[RequestRecord],
     return found
 
 
-def _until_ns(leg: Leg, window: Window) -> int:
-    """The window's end; where a leg was stopped, a little before: a start that was due right then
-    may have been called off."""
-    if leg.measure_s is not None:
-        planned_ns = window.t0_ns + round((leg.warmup_s + leg.measure_s) * 1e9)
-        if window.to_ns >= planned_ns:
-            return planned_ns
-    return window.to_ns - STOP_EDGE_NS
+def until_ns(leg: Leg, t0_ns: int, stops_ns: Iterable[int]) -> int:
+    """Before when arrivals must have records: the end of the leg's window; where a shard was
+    stopped before that, a little before the first one: a start that was due right then may have
+    been called off."""
+    stop_ns = min((x - STOP_EDGE_NS for x in stops_ns), default=t0_ns)
+    if leg.measure_s is None:
+        return stop_ns
+    return min(stop_ns, t0_ns + round((leg.warmup_s + leg.measure_s) * 1e9))
 
 
 def _stripes(leg: Leg, t0_ns: int, until_ns: int, of: int) -> list[list[int]]:
