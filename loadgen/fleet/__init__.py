@@ -54,6 +54,7 @@ def _init_worker(environment: Environment) -> None:
         log.error("%s", e)  # noqa: TRY400  (the operator's affair: no traceback)
         raise SystemExit(USAGE) from None
     environment.events.quitting.add_listener(lambda **_: worker.quitting())
+    environment.events.quit.add_listener(lambda **_: worker.exit())
 
 
 def _token(environment: Environment) -> str:

@@ -48,6 +48,7 @@ from loadgen.target import Target
 NAME = "loadgen"  # of Locust's custom message
 INVALID = 3
 TAIL_S = 1.0
+EXIT_S = 3.0  # that Locust's shutdown may take without its master
 TRIES = 5  # greetings without an answer
 AT_ONCE = 25  # records that are shown without a pause
 
@@ -96,12 +97,19 @@ class Worker:
             self._report(0, 0)
         gevent.killall(self._living)
         self._put_down()
-        if self.state == "lost":  # nobody takes what waits to be sent
+        if self.state == "lost":  # nobody takes what waits to be sent, and ZeroMQ would wait
             self.environment.runner.client.socket.linger = 0  # type: ignore[union-attr]
+            gevent.spawn_later(EXIT_S, self.exit)
         if self._folder is not None:
             log.warning("records that were not delivered are kept in %s", self._folder)
         if self.failed or self._refused:
             self.environment.process_exit_code = INVALID
+
+    def exit(self) -> None:
+        """After Locust's own doings; without a master its sockets may never come to an end."""
+        if self.state == "lost":
+            logging.shutdown()
+            os._exit(INVALID)
 
     def _interrupt(self) -> None:
         """Ctrl-C reaches all processes of a terminal; while there is a master it decides."""
