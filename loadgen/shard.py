@@ -228,7 +228,9 @@ async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
 
 
 async def _main(lines: asyncio.StreamReader) -> None:
-    setup = msgspec.json.decode(await lines.readline(), type=Setup)
+    if not (line := await lines.readline()):
+        return  # started ahead of its work, and none came
+    setup = msgspec.json.decode(line, type=Setup)
     child.die_with_parent(setup.parent_pid)
     raise_fd_limit()
     await _serve(setup, lines)

@@ -25,17 +25,47 @@ _encode = msgspec.json.Encoder(enc_hook=scenario.enc_hook).encode
 _decode_frame = msgspec.json.Decoder(Frame).decode
 
 
+class Spares:
+    """Processes that have started and wait for their work: starting takes each some 0.5 s of CPU,
+    which a test should not wait for."""
+
+    def __init__(self) -> None:
+        self._waiting: list[subprocess.Popen[bytes]] = []
+
+    def fill(self, n: int) -> None:
+        self._waiting = [p for p in self._waiting if p.poll() is None]
+        self._waiting += [_start() for _ in range(n - len(self._waiting))]
+
+    def take(self) -> "subprocess.Popen[bytes]":
+        """One that waits, or a new one."""
+        while self._waiting:
+            if (process := self._waiting.pop()).poll() is None:
+                return process
+        return _start()
+
+    def end(self) -> None:
+        """They hold nothing that could be lost."""
+        for process in self._waiting:
+            process.kill()
+            process.wait()
+        self._waiting = []
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-m", "loadgen.shard"], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, process_group=0)
+
+
 class _Shard:
     """One process, and the last frame it sent."""
 
-    def __init__(self, setup: Setup, news: Callable[[], None]) -> None:
+    def __init__(self, setup: Setup, process: "subprocess.Popen[bytes]",
+                 news: Callable[[], None]) -> None:
         self.index, self.frame = setup.shard, Frame(kind="progress")
         self.ready = False
         self.dead: str | None = None
         self._news = news
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "loadgen.shard"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, process_group=0)
+        self.process = process
         self._listening = gevent.spawn(self._listen)
         self.tell(setup)
 
@@ -82,7 +112,7 @@ class Crew:
     """All shards of this worker for one test. `news`: a shard is ready, has ended its leg, or is
     dead."""
 
-    def __init__(self, plan: Plan, target: Target, folder: Path,
+    def __init__(self, plan: Plan, target: Target, folder: Path, spares: Spares,
                  news: Callable[[], None]) -> None:
         self.plan, self.leg = plan, ""
         self.outgoing: dict[int, Outgoing] = {}
@@ -94,7 +124,7 @@ class Crew:
             self._shards.append(_Shard(Setup(
                 run=plan.run, journal=str(path.absolute()), shard=shard, of=plan.of,
                 scenario=plan.scenario, target=target, ratios=plan.ratios,
-                parent_pid=os.getpid(), lease_s=SHARD_LEASE_S), news))
+                parent_pid=os.getpid(), lease_s=SHARD_LEASE_S), spares.take(), news))
         self._leasing = gevent.spawn(self._lease)
 
     @property

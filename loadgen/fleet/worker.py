@@ -18,7 +18,7 @@ import loadgen
 from loadgen import scenario
 from loadgen.errors import ScenarioError
 from loadgen.fleet import options, rows
-from loadgen.fleet.crew import Crew
+from loadgen.fleet.crew import Crew, Spares
 from loadgen.hosts import identity, ledger, tallies
 from loadgen.hosts.delivery import Outgoing, hash_of
 from loadgen.hosts.messages import (
@@ -49,6 +49,7 @@ NAME = "loadgen"  # of Locust's custom message
 INVALID = 3
 TAIL_S = 1.0
 EXIT_S = 3.0  # that Locust's shutdown may take without its master
+REFILL_S = 2.0  # after a test: a headless one is followed by the end
 TRIES = 5  # greetings without an answer
 AT_ONCE = 25  # records that are shown without a pause
 
@@ -76,6 +77,7 @@ class Worker:
         self._cpu = (time.process_time(), now_ns())
         self._parent = os.getppid()
         self._refused = False
+        self._spares = Spares()
 
     # ------------------------------------------------------------------------- Locust's events
 
@@ -97,6 +99,7 @@ class Worker:
             self._report(0, 0)
         gevent.killall(self._living)
         self._put_down()
+        self._spares.end()
         if self.state == "lost":  # nobody takes what waits to be sent, and ZeroMQ would wait
             self.environment.runner.client.socket.linger = 0  # type: ignore[union-attr]
             gevent.spawn_later(EXIT_S, self.exit)
@@ -157,6 +160,7 @@ class Worker:
             case Welcome(hello=self._nonce) if self.state is None:
                 self._seal.agree(self._nonce, message.nonce)
                 self.state = "greeted"
+                self._spares.fill(self._options.shards)
             case Refused(hello=self._nonce):
                 self._refused = True
                 log.error("the master refuses this worker: %s", message.why)
@@ -202,7 +206,8 @@ class Worker:
             self._slos = {c.name: mix.slo_of(c.name) for c in mix.classes}
             self._folder = Path(tempfile.mkdtemp(
                 prefix=f"loadgen-{plan.first}-", dir=self._options.worker_folder))
-            self._crew = Crew(plan, self._target(plan), self._folder, self._news)
+            self._crew = Crew(plan, self._target(plan), self._folder, self._spares,
+                              self._news)
         except (ScenarioError, OSError, KeyError) as e:
             self.failed = str(e)
             log.error("%s", e)  # noqa: TRY400  (the operator's affair: no traceback)
@@ -276,6 +281,8 @@ class Worker:
     def _forget(self) -> None:
         """The master has it all."""
         self._put_down()
+        self._living.append(gevent.spawn_later(
+            REFILL_S, self._spares.fill, self._options.shards))
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = self._plan = None
