@@ -111,6 +111,29 @@ def test_processes_on_one_host_need_one_command_and_no_token(tmp_path: Path) -> 
     assert rows["", "Aggregated"] == len(shown)
 
 
+def test_ctrl_c_in_a_terminal_is_the_master_s_to_translate(tmp_path: Path) -> None:
+    """It reaches the workers, too; they go on until the master says so, and all is delivered."""
+    async def test() -> Said:
+        async with server() as raw:
+            process = fleets.start(
+                ["--processes", "2"], "-t", "60s", "--host", raw.url, "--model", "m", "--rate",
+                "40", "--scenario", "smoke", "--run-folder", "r", "--no-report", cwd=tmp_path)
+            try:
+                folder = tmp_path / "r"
+                await until(lambda: (folder / "legs.jsonl").exists() and len(kept(folder)) > 60)
+                os.killpg(process.pid, signal.SIGINT)
+                return await asyncio.to_thread(over, process, 30)
+            finally:
+                fleets.end(process)
+
+    said = asyncio.run(test())
+    assert said.code == cli.INTERRUPTED, said.all
+    assert endings(tmp_path / "r") == ["interrupted"]
+    value = msgspec.json.decode((tmp_path / "r" / "fleet.json").read_bytes())
+    assert value["exact"] is True, value["says"]
+    assert_says_what_is_missing(tmp_path / "r")
+
+
 def fleets_table(path: Path) -> dict[tuple[str, str], int]:
     with path.open(encoding="utf-8", newline="") as lines:
         return {(row["Type"], row["Name"]): int(row["Request Count"])
