@@ -391,19 +391,9 @@ def test_without_the_token_a_worker_has_no_part_and_gets_no_plan(tmp_path: Path)
 
 @pytest.mark.parametrize("role", ["--master", "--worker"])
 def test_no_fleet_without_a_token(tmp_path: Path, role: str) -> None:
-    port = str(free_port())
-    env = {"LOADGEN_FLEET_TOKEN": ""}
-    asked = ["--master", "--master-bind-port", port]
-    if role == "--worker":
-        with_token = fleets.start(asked, "--rate", "1", "--host", "http://127.0.0.1:9",
-                                  cwd=tmp_path)
-        asked = ["--worker", "--master-port", port]
-    try:
-        process = fleets.start(asked, "--rate", "1", cwd=tmp_path, env=env)
-        said = over(process, 30)
-    finally:
-        if role == "--worker":
-            fleets.end(with_token)
+    port = "--master-bind-port" if role == "--master" else "--master-port"
+    said = over(fleets.start([role, port, str(free_port())], "--rate", "1", cwd=tmp_path,
+                             env={"LOADGEN_FLEET_TOKEN": ""}), 30)
     assert said.code == cli.USAGE, said.all
     assert "LOADGEN_FLEET_TOKEN" in said.all
 

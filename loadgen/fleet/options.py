@@ -12,6 +12,7 @@ from msgspec import Struct
 from loadgen import scenario
 from loadgen.errors import ScenarioError
 from loadgen.hosts.messages import MOST_SHARDS
+from loadgen.hosts.seal import TOKEN
 from loadgen.scenario import Scenario
 
 OWN_TASKS = ("users with tasks of their own run in one process: what workers send is the "
@@ -54,6 +55,10 @@ def add_arguments(parser: LocustArgumentParser, default: str) -> None:
     """`default`: the scenario that the locustfile's users name."""
     global _default  # noqa: PLW0603
     _default = default
+    words = sys.argv[1:]
+    if "--worker" in words and not os.environ.get(TOKEN) and not any(
+            w.startswith("--fleet-token-file") for w in words):
+        parser.error(NO_TOKEN)  # it would look for its master for minutes before `init`
     parser.set_defaults(master_bind_host="127.0.0.1")  # Locust's own is all of the host's
     add = parser.add_argument  # a group's would not reach the start form
     add("--scenario", default=default, choices=_Names(names(default)), metavar="NAME",
