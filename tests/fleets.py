@@ -22,8 +22,7 @@ from loadgen.record import RequestRecord
 from loadgen.store import RunFolder
 from servers.base import free_port
 from tests.raw_server import DONE, HEAD, LAST, ONE_MODEL, RawServer, Script, finish, token, usage
-from tests.test_cli import Said
-from tests.test_end_to_end import kept, over
+from tests.real import Said, kept, over
 
 ROOT = Path(__file__).resolve().parent.parent
 OPEN_LOOP = ROOT / "locustfiles" / "open_loop.py"

@@ -31,11 +31,9 @@ from tests.fleets import (
     until,
     worker_of,
 )
-from tests.test_cli import Said
-from tests.test_end_to_end import endings, kept, nobody_is_left, over, processes_in
+from tests.real import Said, endings, kept, over, processes_in
 
-pytestmark = pytest.mark.slow
-__all__ = ["nobody_is_left"]  # a fixture: it is used by all tests here
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nobody_is_left")]
 
 STOP_S = 5.0  # a load whose owner died has ended
 

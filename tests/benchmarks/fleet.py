@@ -22,7 +22,7 @@ import psutil
 from loadgen.store import RunFolder
 from tests.benchmarks.harness import Mode, server
 from tests.fleets import Fleet, assert_is_exact, fleet, leg_of, planned, sent
-from tests.test_end_to_end import wait
+from tests.real import wait
 
 TOKENS = 16
 LOAD_S = 12.0
