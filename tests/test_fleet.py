@@ -4,6 +4,7 @@ sent twice or off its instant."""
 import asyncio
 import csv
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 
 from loadgen import cli
 from loadgen.record import Outcome
@@ -385,6 +387,40 @@ def test_without_the_token_a_worker_has_no_part_and_gets_no_plan(tmp_path: Path)
             assert not [x for x in processes_in(tmp_path).values() if "loadgen.shard" in x]
             assert ended.code == 0
     asyncio.run(test())
+
+
+def test_who_can_reach_the_port_disturbs_nothing(tmp_path: Path) -> None:
+    """Junk, a pickle, messages without a seal or under another worker's name, and one that is
+    larger than any may be."""
+    async def test() -> None:
+        async with server() as raw:
+            with fleet(tmp_path, raw.url, workers=2) as running:
+                await until(lambda: running.n() > 20)
+                await asyncio.to_thread(disturb, running.port)
+                said = await asyncio.to_thread(running.over)
+                assert_is_exact(tmp_path / "r", said)
+                assert "are passed over" in said.all
+                assert not (tmp_path / "hacked").exists()
+    asyncio.run(test())
+
+
+def disturb(port: int) -> None:
+    class Hack:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, ("touch hacked",)
+
+    pickled, encode = pickle.dumps(Hack()), msgspec.msgpack.encode
+    with zmq.Context() as context:
+        for nth, parts in enumerate(([b"\xc1"], [b"\xff\xfe"], [b""], [b"\x93"], [pickled],
+                      [encode(("loadgen", pickled, "x"))],
+                      [encode(("loadgen", {"a": 1}, "x"))],
+                      [encode(("loadgen", b"x" * 2**21, "x"))],
+                      [b"x" * (2**24 + 1)])):
+            with context.socket(zmq.DEALER) as socket:
+                socket.identity = b"stranger-%d" % nth  # Locust passes over one without a name
+                socket.connect(f"tcp://127.0.0.1:{port}")
+                socket.send_multipart(parts)
+                socket.linger = 500
 
 
 @pytest.mark.parametrize("role", ["--master", "--worker"])

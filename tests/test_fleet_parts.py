@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadgen import metrics, plan, scenario
+from loadgen import metrics, plan, scenario, validity
 from loadgen.errors import ScenarioError, StoreError
 from loadgen.hosts import delivery, ledger, seal, tallies
 from loadgen.hosts.clock import Clock, Ping
@@ -27,7 +27,7 @@ from loadgen.hosts.messages import (
     Welcome,
 )
 from loadgen.hosts.seal import Forged, Seal
-from loadgen.leg import Leg
+from loadgen.leg import Health, Leg, Window
 from loadgen.prompts import Ratio
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond
@@ -453,3 +453,17 @@ def test_messages_of_each_kind_survive_the_way() -> None:
         json = [msgspec.json.encode(x, enc_hook=scenario.enc_hook) for x in (read, message)]
         assert json[0] == json[1]
         assert type(read) is type(message)
+
+
+# ------------------------------------------------------------------------------------- measurement
+
+
+@pytest.mark.parametrize(("error_s", "verdict"), [(0.011, "SUSPECT"), (0.009, "VALID")])
+def test_a_clock_that_is_not_known_to_10_ms_makes_a_run_suspect(
+        error_s: float, verdict: str) -> None:
+    leg = leg_of(OPEN)
+    window = Window(leg="run", t0_ns=0, from_ns=0, to_ns=S, end_ns=S, ending="done", shards=[
+        Health(0), Health(1, clock_error_s=error_s), Health(2, clock_error_s=0.001)])
+    findings = validity.check(leg, window, [], 0)
+    assert validity.verdict(findings) == verdict
+    assert {f.rule for f in findings} == ({"clock-error"} if verdict == "SUSPECT" else set())

@@ -9,21 +9,20 @@ from typing import Any
 from locust import events
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
-from locust.rpc import zmqrpc
 from locust.runners import LocalRunner, WorkerRunner
 
 from loadgen.errors import LoadgenError, ScenarioError
-from loadgen.fleet import options, web
+from loadgen.fleet import options, web, wire
 from loadgen.fleet.lifecycle import USAGE, Lifecycle, install
 from loadgen.fleet.shapes import RampShape, ScenarioShape
 from loadgen.fleet.user import LLMUser
 from loadgen.fleet.wide import WideLifecycle
 from loadgen.fleet.worker import Worker
 from loadgen.hosts import seal
-from loadgen.hosts.messages import WIRE_BYTES
 
 __all__ = ["LLMUser", "RampShape", "ScenarioShape"]
 
+wire.harden()
 _made = secrets.token_hex(16)  # for --processes: they are forked, and all have it
 log = logging.getLogger("loadgen")
 
@@ -76,15 +75,3 @@ def _token(environment: Environment) -> str:
 def _scenario_of(base: type[LLMUser]) -> str:
     """The scenario that the locustfile's first user class names."""
     return next((c.scenario for c in base.__subclasses__()), base.scenario)
-
-
-_init_socket = zmqrpc.BaseSocket.__init__
-
-
-def _bounded(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Locust's sockets take messages of any size: who can reach the port could fill the memory."""
-    _init_socket(self, *args, **kwargs)
-    self.socket.maxmsgsize = WIRE_BYTES
-
-
-zmqrpc.BaseSocket.__init__ = _bounded  # type: ignore[method-assign]
