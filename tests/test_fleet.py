@@ -323,6 +323,16 @@ def test_a_worker_s_full_disk_makes_the_run_invalid(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+def test_a_server_that_dies_is_exit_4_and_no_arrival_is_missing(tmp_path: Path) -> None:
+    said = over(fleets.start(
+        ["--processes", "2"], "-t", "20s", "--rate", "10", "--scenario", "smoke", "--run-folder",
+        "r", "--no-report", "--server-options", "--fault oom@4", cwd=tmp_path), 60)
+    assert said.code == cli.DIED, said.all
+    assert "CUDA out of memory" in said.all
+    assert endings(tmp_path / "r") == ["server_died"]
+    assert not missing(tmp_path / "r")
+
+
 # ------------------------------------------------------------------------------ who may take part
 
 

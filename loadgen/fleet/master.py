@@ -112,6 +112,7 @@ class Fleet:
         """Each worker's first shard, and its clock as this test has it."""
         found, first = [], 0
         for m in members:
+            m.clock.forget()
             offset = m.clock.offset()
             assert offset is not None
             found.append((m, first, offset))

@@ -62,9 +62,6 @@ class WideLifecycle(Lifecycle):
         super().init()
 
     def check(self, asked: options.Asked) -> None:
-        if asked.api_key == "" and "@" in (self.environment.host or ""):
-            raise ScenarioError("a password in --host does not travel to workers; give all of them "
-                                "the same $LOADGEN_API_KEY")
         if not self.conducted and asked.scenario.shape is not None and (
                 self.environment.shape_class is not None):
             raise ScenarioError(f"{asked.scenario.name}: a shape of users does not run on a fleet; "
@@ -128,6 +125,10 @@ class WideLifecycle(Lifecycle):
         self.outcome, self.seen = None, {}
         asked, prepared = self._next()
         expected = self._options.expect_workers if self._options.headless else 1
+        key = {"Authorization": f"Bearer {asked.api_key}"} if asked.api_key else {}
+        if prepared.target.headers != key:
+            raise ScenarioError("a password in --host does not travel to workers; give all of them "
+                                "the same $LOADGEN_API_KEY")
         members = self.fleet.muster(expected)
         if self.can_restart and any(m.hello.host.get("name") != gethostname() for m in members):
             raise ScenarioError("the simulator of this host can be reached from this host only: "
