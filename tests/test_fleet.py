@@ -247,6 +247,23 @@ def test_without_its_master_the_load_ends_and_the_workers_say_so(
     asyncio.run(test())
 
 
+def test_forked_workers_end_with_their_master(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with server() as raw:
+            process = fleets.start(
+                ["--processes", "2"], "-t", "60s", "--host", raw.url, "--model", "m", "--rate",
+                "40", "--scenario", "smoke", "--run-folder", "r", "--no-report", cwd=tmp_path)
+            try:
+                folder = tmp_path / "r"
+                await until(lambda: (folder / "legs.jsonl").exists() and len(kept(folder)) > 60)
+                process.kill()
+                await stops_within(raw, STOP_S)
+                await until(lambda: not processes_in(tmp_path), 10)
+            finally:
+                fleets.end(process)
+    asyncio.run(test())
+
+
 def test_a_killed_shard_makes_the_run_invalid(tmp_path: Path) -> None:
     async def test() -> None:
         async with server() as raw:
