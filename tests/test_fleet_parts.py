@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -9,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import loadgen
 from loadgen import metrics, plan, scenario, validity
 from loadgen.errors import ScenarioError, StoreError
-from loadgen.hosts import delivery, ledger, seal, tallies
-from loadgen.hosts.clock import Clock, Ping
+from loadgen.hosts import delivery, identity, ledger, seal, tallies
+from loadgen.hosts.clock import Clock, Offset, Ping
 from loadgen.hosts.delivery import Incoming, Outgoing
+from loadgen.hosts.members import Roll
 from loadgen.hosts.messages import (
     LIMITS,
     PIECE_BYTES,
@@ -24,6 +27,8 @@ from loadgen.hosts.messages import (
     Order,
     Piece,
     Plan,
+    Refused,
+    Report,
     Welcome,
 )
 from loadgen.hosts.seal import Forged, Seal
@@ -31,6 +36,7 @@ from loadgen.leg import Health, Leg, Window
 from loadgen.prompts import Ratio
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond
+from loadgen.shard import Frame
 from loadgen.store import SCHEMA, Header, Journal, RunFolder
 from tests.test_store import manifest
 
@@ -388,6 +394,128 @@ def test_records_are_read_on_the_master_s_clock(tmp_path: Path) -> None:
         assert (r.sent_ns, r.headers_ns, r.first_ns, r.first_visible_ns) == (
             r.due_ns + 5, r.due_ns + 40, r.due_ns + 50, r.due_ns + 50)
         assert r.connect_wait_ns == 77
+
+
+# ------------------------------------------------------------------------------------------ roll
+
+
+class Wire:
+    """What a roll sends, by node; and a worker's side of it."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, list[bytes]] = {}
+        self.roll = Roll(TOKEN, lambda node, data: self.sent.setdefault(node, []).append(data))
+        self.seal = Seal(TOKEN, "worker")
+
+    def greet(self, node: str = "n", **changes: object) -> Message:
+        said = msgspec.structs.replace(
+            hello(), code=identity.code(), version=loadgen.__version__, **changes)
+        self.roll.hear(node, self.seal.close(said), 0)
+        return self.seal.open(self.sent[node][-1])
+
+
+def report(beat: int, run: str = "", failed: str | None = None, heard_ns: int = 0) -> Report:
+    return Report(beat, heard_ns, heard_ns, run, "ready", "", {}, {}, {}, failed, None, None)
+
+
+def test_a_greeting_that_comes_twice_has_the_same_answer_and_one_member() -> None:
+    """The first answer may have been lost, or not have come yet."""
+    wire = Wire()
+    first, again = wire.greet(), wire.greet()
+    assert isinstance(first, Welcome)
+    assert again == first
+    assert len(wire.roll.members) == 1
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"version": "0.0.9"}, "runs loadgen 0.0.9"), ({"protocol": 99}, "runs loadgen"),
+    ({"code": "x"}, "other sources"), ({"scenario": "x"}, "not the master's")])
+def test_who_would_send_something_else_is_refused_with_the_reason(
+        changes: dict[str, object], words: str) -> None:
+    wire = Wire()
+    said = msgspec.structs.replace(
+        hello(), **{"code": identity.code(), "version": loadgen.__version__, **changes})
+    assert wire.roll.hear("n", wire.seal.close(said), 0) is None
+    answer = wire.seal.open(wire.sent["n"][0])
+    assert isinstance(answer, Refused)
+    assert words in answer.why
+    assert words in wire.roll.refused["n"]
+    assert not wire.roll.members
+    wire.roll.forget_gone(set())
+    assert not wire.roll.refused
+
+
+def test_a_member_s_answers_to_beats_tell_its_clock() -> None:
+    wire = Wire()
+    welcome = wire.greet()
+    assert isinstance(welcome, Welcome)
+    wire.seal.agree(b"n" * 16, welcome.nonce)
+    member = wire.roll.members["n"]
+    member.beat("", Order())
+    beat = wire.seal.open(wire.sent["n"][-1])
+    assert isinstance(beat, Beat)
+    answer = report(beat.n, heard_ns=beat.sent_ns + 10_000 + S)
+    wire.roll.hear("n", wire.seal.close(answer), beat.sent_ns + 20_000)
+    offset = member.clock.offset()
+    assert offset is not None
+    assert (offset.ahead_ns, offset.pings) == (S, 1)
+    wire.roll.hear("n", wire.seal.close(report(beat.n)), beat.sent_ns + 30_000)
+    offset = member.clock.offset()
+    assert offset is not None
+    assert offset.pings == 1, "a beat is answered once"
+
+
+def test_a_failure_counts_in_the_test_that_it_is_of(tmp_path: Path) -> None:
+    wire = Wire()
+    welcome = wire.greet()
+    assert isinstance(welcome, Welcome)
+    wire.seal.agree(b"n" * 16, welcome.nonce)
+    member = wire.roll.members["n"]
+    plan_ = Plan("r", {}, 5, "http://x", "m", "", {}, 0, 1, 1, "d")
+    member.join(plan_, tmp_path, Offset(5_000, 10, 1))
+    wire.roll.hear("n", wire.seal.close(report(0, "before", "disk full")), 0)
+    assert member.lost is None
+    wire.roll.hear("n", wire.seal.close(report(0, "r", "disk full")), 0)
+    assert member.lost == "worker w: disk full"
+
+
+def test_a_leg_s_start_is_sent_in_the_worker_s_clock_and_its_frames_are_read_in_ours(
+        tmp_path: Path) -> None:
+    wire = Wire()
+    welcome = wire.greet()
+    assert isinstance(welcome, Welcome)
+    wire.seal.agree(b"n" * 16, welcome.nonce)
+    member = wire.roll.members["n"]
+    member.join(Plan("r", {}, 5, "http://x", "m", "", {}, 3, 1, 4, "d"), tmp_path,
+                Offset(7 * S, 2_000_000, 1))
+    member.beat("r", Order("leg", leg_of(OPEN), 100))
+    beat = wire.seal.open(wire.sent["n"][-1])
+    assert isinstance(beat, Beat)
+    assert (beat.run, beat.order.t0_ns) == ("r", 100 + 7 * S)
+    frame = Frame(kind="ended", leg="run", t_ns=9 * S, stalls=[(8 * S, 8 * S + 5)],
+                  stopped_ns=8 * S, health=Health(3))
+    answer = msgspec.structs.replace(report(0, "r"), frames={3: frame, 2: frame}, leg="run")
+    wire.roll.hear("n", wire.seal.close(answer), 0)
+    assert member.frames == {3: Frame(
+        kind="ended", leg="run", t_ns=2 * S, stalls=[(S, S + 5)], stopped_ns=S,
+        health=Health(3, clock_error_s=0.002))}, "nobody speaks for another's shard"
+
+
+def test_a_piece_of_another_s_journal_is_not_taken(tmp_path: Path) -> None:
+    wire = Wire()
+    welcome = wire.greet()
+    assert isinstance(welcome, Welcome)
+    wire.seal.agree(b"n" * 16, welcome.nonce)
+    member = wire.roll.members["n"]
+    member.join(Plan("r", {}, 5, "http://x", "m", "", {}, 3, 1, 4, "d"), tmp_path,
+                Offset(0, 0, 1))
+    for shard, run in ((2, "r"), (3, "old")):
+        wire.roll.hear("n", wire.seal.close(Piece(run, shard, 0, zlib.crc32(b"x"), b"x")), 0)
+    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {"records-3.jsonl": 0}
+    wire.roll.hear("n", wire.seal.close(Piece("r", 3, 0, zlib.crc32(b"x"), b"x")), 0)
+    assert (tmp_path / "records-3.jsonl").read_bytes() == b"x"
+    ack = wire.seal.open(wire.sent["n"][-1])
+    assert ack == Ack("r", 3, 1)
 
 
 # ---------------------------------------------------------------------------------------- tallies
