@@ -147,7 +147,7 @@ class Fleet:
         """The master's last words."""
         return over(self.master, within_s)
 
-    def worker_over(self, i: int, within_s: float = 30) -> Said:
+    def worker_over(self, i: int, within_s: float = 60) -> Said:
         return over(self.workers[i], within_s)
 
     def shards_of(self, i: int) -> list[int]:
@@ -209,7 +209,7 @@ def fleet(cwd: Path, url: str, *options: str, workers: int = 3, ports: Mapping[i
             end(process)
 
 
-async def until(seen: Callable[[], object], within_s: float = 40.0) -> None:
+async def until(seen: Callable[[], object], within_s: float = 60.0) -> None:
     by = time.monotonic() + within_s
     while not seen():
         assert time.monotonic() < by, "it did not come to that"

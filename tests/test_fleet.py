@@ -122,7 +122,7 @@ def test_ctrl_c_in_a_terminal_is_the_master_s_to_translate(tmp_path: Path) -> No
                 folder = tmp_path / "r"
                 await until(lambda: (folder / "legs.jsonl").exists() and len(kept(folder)) > 60)
                 os.killpg(process.pid, signal.SIGINT)
-                return await asyncio.to_thread(over, process, 30)
+                return await asyncio.to_thread(over, process, 60)
             finally:
                 fleets.end(process)
 
@@ -201,7 +201,7 @@ def test_a_killed_worker_makes_the_run_invalid_and_its_arrivals_are_named(tmp_pa
                 gone.kill()
                 await until(lambda: not any(Path(f"/proc/{x}/cwd").exists() for x in shards), 2)
                 await stops_within(raw, STOP_S)
-                said = await asyncio.to_thread(running.over, 30)
+                said = await asyncio.to_thread(running.over, 60)
         assert_is_invalid(said, tmp_path / "r", f":{gone.pid} has been silent", "have no record")
         mine = next(w.shards for w in RunFolder(tmp_path / "r").manifest().workers
                     if w.name.endswith(f":{gone.pid}"))
@@ -218,7 +218,7 @@ def test_a_stopped_worker_s_shards_end_by_their_lease(tmp_path: Path) -> None:
                 gone = running.workers[1]
                 gone.send_signal(signal.SIGSTOP)
                 await stops_within(raw, STOP_S)
-                said = await asyncio.to_thread(running.over, 30)
+                said = await asyncio.to_thread(running.over, 60)
                 gone.send_signal(signal.SIGCONT)
                 ended = await asyncio.to_thread(running.worker_over, 1, 40)
                 assert ended.code == cli.INVALID, ended.all
@@ -237,7 +237,7 @@ def test_without_its_master_the_load_ends_and_the_workers_say_so(
                 running.master.send_signal(sig)
                 await stops_within(raw, STOP_S)
                 for i in range(2):
-                    said = await asyncio.to_thread(running.worker_over, i, 30)
+                    said = await asyncio.to_thread(running.worker_over, i, 60)
                     assert said.code == cli.INVALID, said.all
                     assert "no word from the master" in said.all
                     kept_in = Path(said.all.rpartition("are kept in ")[2].split()[0])
@@ -273,7 +273,7 @@ def test_a_killed_shard_makes_the_run_invalid(tmp_path: Path) -> None:
                 (shard,) = running.shards_of(2)
                 os.kill(shard, signal.SIGKILL)
                 await stops_within(raw, STOP_S)
-                said = await asyncio.to_thread(running.over, 30)
+                said = await asyncio.to_thread(running.over, 60)
         assert_is_invalid(said, tmp_path / "r", f":{worker.pid}", "was killed by signal 9")
     asyncio.run(test())
 
@@ -314,7 +314,7 @@ def test_a_worker_that_is_cut_off_ends_its_load_and_delivers_when_it_is_back(
                     await proxy.cut()
                 await stops_within(raw, STOP_S, 0.5)
                 await proxy.mend()
-                said = await asyncio.to_thread(running.over, 40)
+                said = await asyncio.to_thread(running.over, 60)
                 ended = await asyncio.to_thread(running.worker_over, 1)
         pid = running.workers[1].pid
         assert_is_invalid(said, tmp_path / "r", f":{pid} has been silent")
