@@ -68,9 +68,11 @@ class Member:
 
     @property
     def frames(self) -> dict[int, Frame]:
-        """On the master's clock."""
+        """On the master's clock, which the worker's may have drifted from since."""
         said = self.report.frames if self.report is not None else {}
-        return {i: back(f, self.offset) for i, f in said.items() if i in self.incoming}
+        error_ns = self.offset.error_ns + self.clock.drift_ns(self.offset.ahead_ns)
+        at = Offset(self.offset.ahead_ns, error_ns, self.offset.pings)
+        return {i: back(f, at) for i, f in said.items() if i in self.incoming}
 
     def send(self, message: FromMaster) -> None:
         self._send_to(self.node, self.seal.close(message))
