@@ -48,6 +48,14 @@ ALLOWED = {
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
     "telemetry.signs": "balance judge leg store",
+    "hosts": "", "hosts.clock": "", "hosts.identity": "",
+    "hosts.messages": "leg prompts shard",
+    "hosts.seal": "errors hosts.messages scenario",
+    "hosts.ledger": "leg plan prompts record scenario",
+    "hosts.tallies": "hosts.messages metrics record scenario",
+    "hosts.delivery": "errors hosts.messages record",
+    "hosts.members": "errors hosts hosts.clock hosts.delivery hosts.identity hosts.messages "
+                     "hosts.seal leg shard store",
     "calibrate": "client dial errors net openai plan prompts record scenario target",
     "health": "", "telemetry.log": "store", "telemetry.process": "store",
     "watch": "errors health store target telemetry.gpu telemetry.log telemetry.process "
@@ -84,8 +92,9 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "sequential", "settle", "judge", "evidence", "pace", "ramp", "leg",
-        "stages", "deadline", "plan", "prompts", "scenario", "health",
-        "target", "telemetry.signs", "headroom", "rungs", "presets"}
+        "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
+        "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
+        "hosts.tallies"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

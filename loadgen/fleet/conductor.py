@@ -65,7 +65,7 @@ class Conductor:
     def _search(self) -> None:
         log.info("%s", view.LINE_HEAD)
         try:
-            result: SweepResult = _at_once(sweep(
+            result: SweepResult = at_once(sweep(
                 self._plan, self._run.prepared.scenario, self, self._judged))
             log.info("%s: %s", result.stop, result.says)
             if result.stop == "failed":
@@ -108,18 +108,23 @@ class Conductor:
                 return "done", None
 
     async def restart(self, why: str) -> None:
-        log.info("restarting the server: %s", why)
-        server, attendant = self._lifecycle.server, self._lifecycle.attendant
-        if server is None or attendant is None:
-            raise GeneratorError("the test is over")
-        server.stop()
-        server.start()
-        answer = attendant.ask(Ask("ready"), server.alive)
-        if answer.failed is not None:
-            raise ServerError(answer.failed)
+        restart_server(self._lifecycle, why)
 
 
-def _at_once(doing: Coroutine[Any, Any, T]) -> T:
+def restart_server(lifecycle: "Lifecycle", why: str) -> None:
+    """Returns when it has streamed an answer. Raises LoadgenError."""
+    log.info("restarting the server: %s", why)
+    server, attendant = lifecycle.server, lifecycle.attendant
+    if server is None or attendant is None:
+        raise GeneratorError("the test is over")
+    server.stop()
+    server.start()
+    answer = attendant.ask(Ask("ready"), server.alive)
+    if answer.failed is not None:
+        raise ServerError(answer.failed)
+
+
+def at_once(doing: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that waits for nothing but greenlets."""
     try:
         doing.send(None)
