@@ -63,6 +63,7 @@ class Run(Struct, frozen=True, eq=False):
     gaps_us: dict[str, Ints]  # leg → event gaps of its sample, pooled
     peaks: list[Peak]  # of the generator, in the order of `legs`
     gpus: list[GpuSigns]  # likewise
+    states: list[Row]  # of the server, as they changed
     gpu_loaded_bytes: float | None  # memory after load: when the server was ready
 
     def gaps_s(self, *legs: str) -> Floats:
@@ -108,7 +109,8 @@ def load(path: Path, slo: Slo | None = None) -> Run:
     legs = _with_windows(started, records)
     told = list(folder.rows())
     telemetry, cards = _telemetry(told), gpus(told)
-    ready_ns = next((r.t_ns for r in told if (r.source, r.name) == ("state", "READY")), None)
+    states = sorted((r for r in told if r.source == "state"), key=lambda r: r.t_ns)
+    ready_ns = next((r.t_ns for r in states if r.name == "READY"), None)
     signs = [signs_of(window, telemetry.get("server", {})) for _, window in legs]
     judgements = []
     for (leg, window), said in zip(legs, signs, strict=True):
@@ -120,7 +122,8 @@ def load(path: Path, slo: Slo | None = None) -> Run:
     return Run(folder, manifest, mix, criteria, legs, _frame(rows), judgements, signs, telemetry,
                t0_ns, folder.torn, {x: np.frombuffer(g, np.int64) for x, g in gaps.items()},
                [peak_of(records.get(leg.id, ())) for leg, _ in legs],
-               [gpu_signs_of(window, cards) for _, window in legs], loaded_bytes(cards, ready_ns))
+               [gpu_signs_of(window, cards) for _, window in legs], states,
+               loaded_bytes(cards, ready_ns))
 
 
 def _with_windows(legs: Sequence[tuple[Leg, Window | None]],

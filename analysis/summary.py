@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from analysis import ci, frame, generator, gpus, knee, words
+from analysis import ci, deaths, frame, generator, gpus, knee, words
 from analysis.frame import Run
 from loadgen.errors import StoreError
 from loadgen.record import RequestRecord
@@ -50,7 +50,8 @@ def summarise(run: Run) -> dict[str, Any]:
                     for j in run.judgements},
         "findings": [{"leg": j.leg, **msgspec.to_builtins(f)}
                      for j in run.judgements for f in j.findings],
-        "gpu": gpus.figures(run), "generator": generator.figures(run), "torn_lines": run.torn})
+        "server": deaths.figures(run), "gpu": gpus.figures(run),
+        "generator": generator.figures(run), "torn_lines": run.torn})
     return found
 
 

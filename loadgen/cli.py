@@ -71,10 +71,16 @@ def main() -> None:
 @click.option("--budget", callback=duration, metavar="10m", default=DEFAULT_BUDGET,
               show_default=True,
               help="Time the whole search may take.")
+@click.option("--restart/--no-restart", default=True, show_default=True,
+              help="Start a server of ours again when a level has killed it.")
+@click.option("--unit-step", is_flag=True, help="Then find the largest concurrency that the server "
+              "survives, to the unit: by bisection, with a restart after each death, beyond the "
+              "budget.")
 @target_options
 @click.pass_obj
 def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | None,
-          max_rate: float | None, levels: str | None, budget: Seconds, **options: Any) -> None:
+          max_rate: float | None, levels: str | None, budget: Seconds, restart: bool,
+          unit_step: bool, **options: Any) -> None:
     """How much load is safe? Climbs a ladder of levels, then proves the highest good one.
 
     \b
@@ -88,6 +94,9 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     if (max_concurrency is None) == (max_rate is None):
         raise click.UsageError("give --max-concurrency N or --max-rate R")
     axis: Literal["concurrency", "rate"] = "rate" if max_rate else "concurrency"
+    if unit_step and (axis == "rate" or options["virtual"]):
+        raise click.UsageError("--unit-step counts concurrent requests of a server that can die: "
+                               "give --max-concurrency, and no --virtual")
     ladder = levels_of(levels, float(max_concurrency or max_rate or 0), axis)
 
     def search(session: Any, view: Any) -> Any:
@@ -95,8 +104,8 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
 
         return runner.run_sweep(session, SweepPlan(
             axis=axis, levels=ladder, budget_s=float(budget), seed=session.seed,
-            criteria=session.criteria, can_restart=session.server.facts()["kind"] != "remote"),
-            view)
+            criteria=session.criteria,
+            can_restart=restart and session.server.facts()["kind"] != "remote"), view, unit_step)
 
     _measure(name, server_options, options, search, budget, (ladder[-1], axis))
 
@@ -350,7 +359,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     """Writes summary and report, says the verdict, gives the exit code."""
     from rich.console import Console  # noqa: PLC0415
 
-    from analysis import gpus, summary, words  # noqa: PLC0415
+    from analysis import deaths, gpus, summary, words  # noqa: PLC0415
 
     try:
         finished = summary.finish(folder, slo, report=html)
@@ -362,8 +371,9 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
-    if said := gpus.sentence(finished):
-        console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
+    for said in (deaths.sentence(finished), gpus.sentence(finished)):
+        if said:
+            console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:
         console.print(f"Stopped: {result.says}", style="dim", soft_wrap=not console.is_terminal,
                       highlight=False)
@@ -379,7 +389,8 @@ def _exit_code(finished: Any, result: Any) -> int:
     endings = [window.ending for _, window in finished.legs]
     if stop == "interrupted" or (stop is None and endings[-1:] == ["interrupted"]):
         return INTERRUPTED
-    last = finished.judgements[-1] if finished.judgements else None
+    searched = [j for j in finished.judgements if not j.leg.startswith("unit-")]
+    last = searched[-1] if searched else None
     if last is None:
         return INVALID
     if finished.is_run:

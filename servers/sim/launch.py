@@ -66,6 +66,10 @@ class SimServer:
         self._process = ServerProcess(self._command, self._log)
         return self.target
 
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
     def alive(self) -> str | None:
         return self._process.died() if self._process else "it was not started"
 
