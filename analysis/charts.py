@@ -9,7 +9,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from analysis import labels, theme, words
+from analysis import labels, phrases, theme
 from analysis.frame import Run
 from analysis.knee import Knee
 from analysis.words import Answer
@@ -61,7 +61,7 @@ def _time_axis(values_s: Sequence[float], title: str) -> alt.Y:
 
 def _load_axis(run: Run, values: Sequence[float], field: str = "value") -> alt.X:
     axis = alt.Axis(values=list(values), format="~g", grid=False)
-    return alt.X(f"{field}:Q", title=words.unit(run), axis=axis,
+    return alt.X(f"{field}:Q", title=phrases.unit(run), axis=axis,
                  scale=alt.Scale(type="log", base=2,
                                  domain=[min(values) / 1.12, max(values) * 1.3]))
 
@@ -126,7 +126,7 @@ def _limit(limit_s: float | None, y: alt.Y) -> list[alt.Chart]:
     """A dashed rule at an SLO's limit."""
     if limit_s is None:
         return []
-    at = alt.Chart(data([{"s": limit_s, "text": f"limit {words.limit(limit_s)}"}]))
+    at = alt.Chart(data([{"s": limit_s, "text": f"limit {phrases.limit(limit_s)}"}]))
     return [at.mark_rule(strokeDash=[4, 4], color=theme.MUTED).encode(y=y), *said(
         at.encode(y=y, x=alt.value(0)), "text", theme.MUTED, align="left", baseline="bottom", dx=4,
         dy=-3)]

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pandas as pd
 from msgspec import Struct
 
-from analysis import words
+from analysis import phrases, words
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from loadgen.judge import Judgement
@@ -79,7 +79,7 @@ def _legs(run: Run) -> list[Case]:
         cases.append(Case(
             leg.id, (window.end_ns - window.t0_ns) / 1e9,
             "skipped" if found and result != "passed" else result,
-            f"{kind} at {words.load_of(run, j.value)}: {'; '.join(j.reasons)}",
+            f"{kind} at {phrases.load_of(run, j.value)}: {'; '.join(j.reasons)}",
             [f"{f.verdict}: {f.says}. Remedy: {f.remedy}." for f in j.findings],
             {x: f"{row[x]:.6g}" for x in NUMBERS if pd.notna(row[x])}))
     return cases
@@ -137,14 +137,14 @@ def markdown(run: Run) -> str:
     m = run.manifest
     about = (f"Model {m.model}", str(m.server.get("kind", "")), f"mix {run.scenario.name}",
              f"run {m.run}")
-    parts = [f"### {_plain(says)}", _plain(" · ".join(x for x in about if x))]
+    parts = [f"### {plain(says)}", plain(" · ".join(x for x in about if x))]
     if run.legs:
         lines = [HEADS, ("---", *["---:"] * (len(HEADS) - 2), "---"),
                  *(_cells(r) for r in words.answer(run).steps.to_dict("records"))]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    parts.append("\n".join(f"- {_plain(x)}" for x in reasons))
+    parts.append("\n".join(f"- {plain(x)}" for x in reasons))
     parts.append("\n".join(
-        f"- **{f.verdict}**, {_plain(f'{j.leg}: {f.says}. Remedy: {f.remedy}.')}"
+        f"- **{f.verdict}**, {plain(f'{j.leg}: {f.says}. Remedy: {f.remedy}.')}"
         for j in run.judgements for f in j.findings))
     return "\n\n".join(x for x in parts if x) + "\n"
 
@@ -152,13 +152,13 @@ def markdown(run: Run) -> str:
 def _cells(r: Mapping[Any, Any]) -> list[str]:
     """A row of `steps.table`."""
     verdict = r["load"] if r["measurement"] == "VALID" else f"{r['load']}, {r['measurement']}"
-    return [_plain(str(x)) for x in (
+    return [plain(str(x)) for x in (
         r["leg"], r["n"], percent(r["attainment_frac"]), percent(r["lower_frac"], down=True),
         number(r["achieved_rps"]), *(duration(r[f"{x}_p50_s"]) for x in ("ttft", "tpot", "e2e")),
         r["errors"], "INVALID" if r["measurement"] == "INVALID" else verdict)]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that is nothing but text, on one line: a character reference is never structure
     (https://spec.commonmark.org/0.31.2/#entity-and-numeric-character-references)."""
     return MARKUP.sub(lambda x: f"&#{ord(x[0])};", " ".join(_allowed(text).split()))

@@ -6,18 +6,22 @@ import argparse
 import itertools
 import signal
 import sys
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from msgspec import Struct
 
-from loadgen import metrics, scenario
+from analysis import journals
+from analysis.digest import Stretch, digests
+from analysis.gaps import Gaps
+from analysis.journals import LegResult, LegTask
+from loadgen import scenario
 from loadgen.errors import LoadgenError
-from loadgen.headroom import Peak, peak_of
-from loadgen.judge import Criteria, Judgement, ServerSigns, is_due, judge
+from loadgen.headroom import Peak
+from loadgen.judge import Criteria, Judgement, ServerSigns
 from loadgen.leg import Axis, Leg, Window
 from loadgen.ramp import Conclusion, conclude
 from loadgen.record import RequestRecord
@@ -33,15 +37,12 @@ from loadgen.telemetry.signs import (
 )
 
 Series = Sequence[tuple[int, float]]  # (t_ns, value), ascending
-Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 COLUMNS = (
     "leg", "cls", "session", "turn", "value", "phase", "due_s", "sent_s", "end_s", "ttft_s",
     "ttft_service_s", "tpot_s", "itl_max_s", "e2e_s", "lateness_s", "output_tok", "prompt_tok",
     "cached_tok", "outcome", "good", "misses", "in_window", "void", "error", "window_tok")
-TEXT = ("leg", "cls", "phase", "outcome", "misses", "error")
-FLAGS = ("good", "in_window", "void")
 
 
 class Run(Struct, frozen=True, eq=False):
@@ -60,15 +61,11 @@ class Run(Struct, frozen=True, eq=False):
     telemetry: dict[str, dict[str, Series]]  # source → name → series
     t0_ns: int
     torn: int  # lines of the journals that could not be read
-    gaps_us: dict[str, Ints]  # leg → event gaps of its sample, pooled
+    gaps: dict[str, Gaps]  # leg → event gaps of its sample, pooled
     peaks: list[Peak]  # of the generator, in the order of `legs`
     gpus: list[GpuSigns]  # likewise
     states: list[Row]  # of the server, as they changed
     gpu_loaded_bytes: float | None  # memory after load: when the server was ready
-
-    def gaps_s(self, *legs: str) -> Floats:
-        """Event gaps of the samples of these legs, pooled, s."""
-        return np.concatenate([np.empty(0, np.int64), *(self.gaps_us[x] for x in legs)]) / 1e6
 
     def sample(self, *legs: str) -> pd.DataFrame:
         f = self.frame
@@ -94,46 +91,41 @@ class Run(Struct, frozen=True, eq=False):
 
 def load(path: Path, slo: Slo | None = None) -> Run:
     """The run in folder `path`, judged by its own SLO or, where `slo` says so, by that one.
-    Holds all records for a moment (about 9 bytes per output token). Raises StoreError,
-    ScenarioError."""
+    Raises StoreError, ScenarioError."""
     folder = RunFolder(path)
     manifest = folder.manifest()
     mix = scenario.parse(manifest.scenario, where=str(path / "manifest.json"))
     mix = mix.with_slo(slo) if slo else mix
     criteria = Criteria(manifest.target_frac, manifest.confidence,
                         calibration=manifest.calibration)
-    records: dict[str, list[RequestRecord]] = {}
-    for r in folder.records():
-        records.setdefault(r.leg, []).append(r)
-    started = folder.legs()
-    legs = _with_windows(started, records)
+    where = journals.index(folder)
+    legs = _with_windows(folder.legs(), where)
     told = list(folder.rows())
     telemetry, cards = _telemetry(told), gpus(told)
     states = sorted((r for r in told if r.source == "state"), key=lambda r: r.t_ns)
     ready_ns = next((r.t_ns for r in states if r.name == "READY"), None)
     signs = [signs_of(window, telemetry.get("server", {})) for _, window in legs]
-    judgements = []
-    for (leg, window), said in zip(legs, signs, strict=True):
-        judgements.append(judge(leg, window, records.get(leg.id, []), said, mix, criteria))
     t0_ns = min((w.t0_ns for _, w in legs if w.t0_ns), default=0)
-    gaps = {leg.id: array("q") for leg, _ in legs}
-    rows = [_row(r, leg, window, mix, t0_ns, gaps[leg.id])
-            for leg, window in legs for r in records.get(leg.id, ())]
-    return Run(folder, manifest, mix, criteria, legs, _frame(rows), judgements, signs, telemetry,
-               t0_ns, folder.torn, {x: np.frombuffer(g, np.int64) for x, g in gaps.items()},
-               [peak_of(records.get(leg.id, ())) for leg, _ in legs],
-               [gpu_signs_of(window, cards) for _, window in legs], states,
+    found = journals.all_judged([
+        LegTask(leg, window, said, where.get(leg.id, ()), mix, criteria, t0_ns)
+        for (leg, window), said in zip(legs, signs, strict=True)])
+    return Run(folder, manifest, mix, criteria, legs, _frame(legs, found),
+               [x.judgement for x in found], signs, telemetry, t0_ns,
+               folder.torn + sum(x.torn for x in found),
+               {leg.id: x.gaps for (leg, _), x in zip(legs, found, strict=True)},
+               [x.peak for x in found], [gpu_signs_of(window, cards) for _, window in legs], states,
                loaded_bytes(cards, ready_ns))
 
 
 def _with_windows(legs: Sequence[tuple[Leg, Window | None]],
-                  records: Mapping[str, Sequence[RequestRecord]]) -> list[tuple[Leg, Window]]:
+                  where: Mapping[str, Sequence[Stretch]]) -> list[tuple[Leg, Window]]:
     """Each leg once; one without a window (the run was killed) gets one of what is known."""
     found: dict[str, tuple[Leg, Window]] = {}
     last_ns = 0
     for leg, window in legs:
-        found[leg.id] = (leg, window or _salvaged(leg, records.get(leg.id, ()), last_ns))
-        last_ns = found[leg.id][1].end_ns
+        known = window or _salvaged(leg, digests(where.get(leg.id, ())), last_ns)
+        found[leg.id] = (leg, known)
+        last_ns = known.end_ns
     return list(found.values())
 
 
@@ -156,39 +148,21 @@ def _salvaged(leg: Leg, records: Sequence[RequestRecord], before_ns: int) -> Win
 # ------------------------------------------------------------------------------------- the frame
 
 
-def _row(r: RequestRecord, leg: Leg, window: Window, mix: Scenario, t0_ns: int,
-         gaps: "array[int]") -> tuple[object, ...]:
-    """Values in the order of COLUMNS; the record's gaps join the leg's if it is in the sample."""
-    why = metrics.misses(r, mix.slo_of(r.cls))
-    in_window = is_due(window, r)
-    void = window.is_void(r.due_ns, r.end_ns)
-    if in_window and not void:
-        gaps.extend(r.gaps_us)
-    sent_s = None if r.sent_ns is None else metrics.seconds_between(t0_ns, r.sent_ns)
-    return (r.leg, r.cls, r.session, r.turn, leg.value, leg.phase,
-            metrics.seconds_between(t0_ns, r.due_ns), sent_s,
-            metrics.seconds_between(t0_ns, r.end_ns), metrics.ttft_s(r),
-            metrics.ttft_service_s(r), metrics.tpot_s(r), metrics.itl_max_s(r), metrics.e2e_s(r),
-            metrics.lateness_s(r), r.output_tok, r.prompt_tok, r.cached_tok, r.outcome.value,
-            not why, ", ".join(why), in_window, void, r.error or "", _window_tok(r, window))
-
-
-def _window_tok(r: RequestRecord, window: Window) -> float:
-    """Output tokens that came inside the window. Where an event's tokens are not known, each
-    holds output_tok / n_events."""
-    if r.first_ns is None or not r.output_tok:
-        return 0.0
-    stamps_ns = r.first_ns + 1000 * np.cumsum([0, *r.gaps_us])
-    inside = (stamps_ns >= window.from_ns) & (stamps_ns < window.to_ns)
-    if r.event_tok and len(r.event_tok) == r.n_events:
-        return float(np.asarray(r.event_tok)[inside].sum())
-    return float(inside.sum()) * r.output_tok / r.n_events
-
-
-def _frame(rows: Sequence[tuple[object, ...]]) -> pd.DataFrame:
-    columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)) if rows else {}
-    kinds = {c: object if c in TEXT else bool if c in FLAGS else float for c in COLUMNS}
-    return pd.DataFrame({c: pd.Series(list(columns.get(c, ())), dtype=kinds[c]) for c in COLUMNS})
+def _frame(legs: Sequence[tuple[Leg, Window]], found: Sequence[LegResult]) -> pd.DataFrame:
+    sizes = [len(x.columns["due_s"]) for x in found]
+    each = {"leg": [leg.id for leg, _ in legs], "phase": [leg.phase for leg, _ in legs],
+            "value": [leg.value for leg, _ in legs]}
+    columns: dict[str, Any] = {}
+    for name in COLUMNS:
+        if name in each:
+            kind = float if name == "value" else object
+            columns[name] = np.repeat(np.array(each[name], kind), sizes)
+        elif name in journals.TEXT:
+            columns[name] = journals.texts(found, name)
+        else:
+            kind = bool if name in journals.FLAGS else float
+            columns[name] = np.concatenate([np.empty(0, kind), *(x.columns[name] for x in found)])
+    return pd.DataFrame({c: pd.Series(v, dtype=v.dtype) for c, v in columns.items()})
 
 
 def _telemetry(rows: Iterable[Row]) -> dict[str, dict[str, Series]]:

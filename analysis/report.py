@@ -109,7 +109,7 @@ def _head(run: Run, answer: Answer) -> Iterator[str]:
     badges = [("full", v.load), (v.measurement.lower(), v.measurement),
               *([("note", "SIMULATED SERVER")] if run.simulated else [])]
     marks = "".join(f'<span class="badge {kind}">{said}</span>' for kind, said in badges)
-    text = "".join(f"<p>{_unbroken(escape(x))}</p>" for x in v.sentences)
+    text = "".join(f"<p>{_unbroken(escape(x))}</p>" for x in (" ".join(v.three), *v.sentences))
     yield (f'<section class="verdict {v.load.lower()}">{marks}'
            f"<h1>{escape(v.headline)}</h1>{text}</section>")
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}"

@@ -43,7 +43,7 @@ def _leg_row(run: Run, i: int) -> dict[str, object]:
     return {
         "leg": leg.id, "phase": leg.phase, "value": leg.value, "ending": window.ending,
         **_counts(run, [j]), **_latencies(run, [j]),
-        **distribution("itl", run.gaps_s(leg.id)), **_tokens(run, [j]),
+        **run.gaps[leg.id].distribution("itl", TAILS), **_tokens(run, [j]),
         "outcomes": ", ".join(f"{k} {n}" for k, n in sorted(j.outcomes.items())),
         "misses": ", ".join(f"{k} {n}" for k, n in sorted(j.misses.items())),
         "running_mean": signs.running_mean, "waiting_mean": signs.waiting_mean,

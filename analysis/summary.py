@@ -1,37 +1,52 @@
 """What a run folder gets at its end: records.parquet, the report, junit.xml and summary.md for
-build servers, summary.json."""
+build servers, verdict.json, summary.json."""
 
-import itertools
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from analysis import ci, deaths, frame, generator, gpus, knee, words
+from analysis import ci, deaths, frame, gate, generator, gpus, journals, knee, otherwise, words
 from analysis.frame import Run
-from loadgen.errors import StoreError
-from loadgen.record import RequestRecord
 from loadgen.scenario import Slo
-from loadgen.store import RunFolder
 
 SCHEMA = 1
-BATCH = 2000  # records turned into columns at once: memory stays flat however long the run
 
 
 def finish(path: Path, slo: Slo | None = None, report: bool = True) -> Run:
     """Loads the run in `path` and writes all that follows from it; summary.json comes last, so
     that one without it did not finish. Raises StoreError, ScenarioError."""
-    run = frame.load(path, slo)
-    write_parquet(run)
+    with _parquet(path):
+        run = frame.load(path, slo)
     if report:
         from analysis import report as reports  # noqa: PLC0415  (Altair: 0.4 s)
 
         reports.write(run)
     run.folder.write("junit.xml", ci.junit(run).encode())
     run.folder.write("summary.md", ci.markdown(run).encode())
+    run.folder.write("verdict.json", gate.encoded(run))
     run.folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summarise(run))))
     return run
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[None]:
+    """Meanwhile records.parquet is written: of a large run on another core."""
+    from analysis import parquet  # noqa: PLC0415  (0.1 s)
+
+    size = sum(x.stat().st_size for x in path.glob("records-*.jsonl"))
+    if size < journals.SPREAD_BYTES or journals.cores() < 2 or "gevent" in sys.modules:
+        yield
+        parquet.write(path)
+        return
+    with journals.pool(1) as worker:
+        written = worker.submit(parquet.write, path)
+        yield
+        written.result()
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -50,7 +65,8 @@ def summarise(run: Run) -> dict[str, Any]:
                     for j in run.judgements},
         "findings": [{"leg": j.leg, **msgspec.to_builtins(f)}
                      for j in run.judgements for f in j.findings],
-        "server": deaths.figures(run), "gpu": gpus.figures(run),
+        "server": deaths.figures(run), "otherwise": msgspec.to_builtins(otherwise.of(run)),
+        "gpu": gpus.figures(run),
         "generator": generator.figures(run), "torn_lines": run.torn})
     return found
 
@@ -64,30 +80,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):  # and numpy's, and Seconds
         return float(value) if math.isfinite(value) else None
     return value.item() if hasattr(value, "item") else value
-
-
-def write_parquet(run: Run) -> Path:
-    """records.parquet: one row per record as it was journalled (stamps in ns, gaps as a list of
-    µs), by rename. Raises StoreError."""
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    texts = ("leg", "cls", "outcome", "stamp_kind", "tok_source", "finish_reason", "error",
-             "output_ref")
-    lists = ("gaps_us", "reads", "event_tok")
-    schema = pa.schema([
-        (f.name, pa.string() if f.name in texts else pa.list_(pa.int64()) if f.name in lists
-         else pa.int64()) for f in msgspec.structs.fields(RequestRecord)])
-    target = run.folder.path / "records.parquet"
-    temporary = target.with_name(".records.parquet.tmp")
-    records = RunFolder(run.folder.path).records()
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            while batch := [{**msgspec.structs.asdict(r), "outcome": r.outcome.value}
-                            for r in itertools.islice(records, BATCH)]:
-                writer.write_table(pa.Table.from_pylist(batch, schema))
-        temporary.replace(target)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"{target}: cannot be written: {e.strerror or e}") from e
-    return target

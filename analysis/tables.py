@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import charts, deaths, gpus, steps, words
+from analysis import charts, deaths, gpus, otherwise, phrases, steps
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from analysis.words import Answer
@@ -51,6 +51,14 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         yield "<h2>The server’s GPUs</h2>"
         yield f'<p class="muted">{escape(gpus.sentence(run) or "")} {GPU_NOTE}</p>'
         yield _table(GPU, (_gpu(run, r) for r in rows))
+    yield "<h2>What other ways of measuring would have said</h2>"
+    yield ('<p class="muted">The same requests three ways. From the send, whoever waits in the '
+           "client’s queue does not count; of complete answers only, failures do not; and a tool "
+           "that waits for each answer sends nothing while the server stands still, so what was "
+           "due then is never measured. In a closed loop a request is due when its slot is free, "
+           "and the first and the last are much the same. Never: so many had no first "
+           "token.</p>")
+    yield _table(otherwise.HEADS, otherwise.cells(otherwise.of(run)))
     yield "<h2>The generator</h2>"
     yield ('<p class="muted">How the load generator itself was; of several processes, the one '
            "that is worst off. ≤: the largest of too few for a p99. Load that was there: of an "
@@ -68,7 +76,7 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         reasons = sorted({x for j in missed for x in j.misses})
         yield "<h2>Misses by reason</h2>"
         yield '<p class="muted">A request may break several limits.</p>'
-        yield _table(("leg", "n", "missed", *(words.NAMES.get(x, x) for x in reasons)),
+        yield _table(("leg", "n", "missed", *(phrases.NAMES.get(x, x) for x in reasons)),
                      ([j.leg, str(j.n), str(j.n - j.good),
                        *(str(j.misses.get(x, "")) for x in reasons)] for j in missed))
     f = run.frame[run.frame["error"] != ""]

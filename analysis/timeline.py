@@ -4,7 +4,7 @@
 import altair as alt
 import numpy as np
 
-from analysis import steps, theme, words
+from analysis import phrases, steps, theme
 from analysis.charts import TIME, Chart, data, said, ticks
 from analysis.frame import Run
 from loadgen.judge import NOT_ERRORS
@@ -31,7 +31,7 @@ def ecdf(run: Run, name: str, title: str) -> Chart | None:
     y = alt.Y("share:Q", title="", axis=alt.Axis(format="%", tickCount=5))
     colour = alt.Color("level:O", sort=[f"{v:g}" for v in values],
                        scale=alt.Scale(scheme="viridis", reverse=True),
-                       title=words.unit(run), legend=alt.Legend(
+                       title=phrases.unit(run), legend=alt.Legend(
                            columns=8, symbolType="stroke", titleOrient="top")
                        if len(values) > 1 else None)
     lines = alt.Chart(data(rows)).mark_line(interpolate="step-after", strokeWidth=1.8).encode(
@@ -39,7 +39,7 @@ def ecdf(run: Run, name: str, title: str) -> Chart | None:
                                          alt.Tooltip("share:Q", format=".1%")])
     marks = []
     if limit is not None:
-        at = alt.Chart(data([{"s": limit, "text": f"limit {words.limit(limit)}"}])).encode(x=x)
+        at = alt.Chart(data([{"s": limit, "text": f"limit {phrases.limit(limit)}"}])).encode(x=x)
         marks = [at.mark_rule(strokeDash=[4, 4], color=theme.MUTED), *said(
             at.encode(y=alt.value(236)), "text", theme.MUTED, align="right", dx=-4,
             baseline="bottom")]

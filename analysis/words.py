@@ -9,27 +9,27 @@ import msgspec
 import pandas as pd
 from msgspec import Struct
 
-from analysis import generator, steps
+from analysis import generator, steps, three
 from analysis import knee as knees
 from analysis.frame import Run
 from analysis.knee import Knee
+from analysis.phrases import NAMES, load_of, slo_of
 from analysis.steps import percent
 from loadgen import metrics, ramp
 from loadgen.judge import Judgement, LoadVerdict
 from loadgen.ramp import Conclusion
-from loadgen.scenario import Slo
 from loadgen.validity import Finding, Measurement
-
-NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "event gap", "e2e": "E2E"}
 
 
 class Verdict(Struct, frozen=True):
-    """`headline` is one sentence; `sentences` give its grounds, the most important first."""
+    """`headline` is one sentence; `sentences` give its grounds, the most important first. `three`:
+    the same for an operator, in three sentences."""
 
     load: LoadVerdict
     measurement: Measurement
     headline: str
     sentences: list[str]
+    three: list[str] = []
 
 
 class Answer(Struct, frozen=True):
@@ -53,6 +53,7 @@ def answer(run: Run) -> Answer:
         verdict = of_sweep(run, run.conclusion, knee)
     if (said := generator.sentence(run)) is not None:
         verdict = msgspec.structs.replace(verdict, sentences=[*verdict.sentences, said])
+    verdict = msgspec.structs.replace(verdict, three=three.of(run))
     return Answer(steps.table(run), steps.levels(run), knee, verdict)
 
 
@@ -60,7 +61,7 @@ def verdict(run: Run) -> list[str]:
     """The paragraphs that the terminal shows."""
     said = answer(run).verdict
     label = " (simulated)" if run.simulated else ""
-    return [f"{said.load}, {said.measurement}{label}: {said.headline}.", *said.sentences]
+    return [f"{said.load}, {said.measurement}{label}: {' '.join(said.three)}", *said.sentences]
 
 
 # ---------------------------------------------------------------------------------------- a sweep
@@ -220,31 +221,6 @@ def _of_each(run: Run, j: Judgement, met: str) -> str:
 
 
 # ------------------------------------------------------------------------------------- phrases
-
-
-def load_of(run: Run, value: float) -> str:
-    if run.axis == "rate":
-        return f"{value:g} request{'s' if value != 1 else ''} per second"
-    return f"{value:g} concurrent request{'s' if value != 1 else ''}"
-
-
-def unit(run: Run) -> str:
-    return "Concurrent requests" if run.axis == "concurrency" else "Offered requests per second"
-
-
-def slo_of(run: Run) -> str:
-    """The limits in words: "TTFT ≤ 2 s and TPOT ≤ 50 ms"."""
-    own = {run.scenario.slo_of(c.name) for c in run.scenario.classes}
-    return limits(own.pop()) if len(own) == 1 else "the limits of their class"
-
-
-def limits(slo: Slo) -> str:
-    parts = [f"{NAMES[x]} ≤ {limit(v)}" for x in NAMES if (v := getattr(slo, f"{x}_s"))]
-    return " and ".join(parts) or "no limit at all (complete answers)"
-
-
-def limit(value_s: float) -> str:
-    return f"{1000 * value_s:g} ms" if value_s < 1 else f"{value_s:g} s"
 
 
 def _share(run: Run, good: int, n: int) -> str:

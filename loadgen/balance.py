@@ -87,7 +87,7 @@ def of(leg: Leg, window: Window, sample: Sequence[RequestRecord],
         connect_frac=sum(w > 0 for w in waits) / len(waits) if waits else None,
         asked=asked, begun=begun, inflight_mean=mean, slots_frac=slots, turnaround_s=turnaround,
         little_residual=residual, little_tolerance=tolerance,
-        reads=sum(r.n_events if r.reads is None else len(r.reads) for r in records),
+        reads=sum(r.n_reads for r in records),
         requests=_tally(mine.requests, _requests(records)),
         prompt_tok=_tally(mine.prompt_tok, _prompt_tok(records)),
         output_tok=_tally(mine.output_tok, _output_tok(records)))

@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from loadgen import __version__, scenario
 from loadgen.errors import (
+    DIED,
+    INCONCLUSIVE,
+    INTERRUPTED,
+    INVALID,
+    PASS,
+    PRECEDENCE,
+    SLO_MISSED,
+    USAGE,
     FolderError,
     GeneratorError,
     LoadgenError,
@@ -23,9 +32,11 @@ from loadgen.leg import Leg
 from loadgen.options import (
     WORDS,
     Group,
+    asked_for,
     duration,
     finite,
     headers_of,
+    hidden_in,
     kind,
     launched_of,
     launches,
@@ -39,9 +50,10 @@ from loadgen.options import (
 from loadgen.scenario import Closed, Open, Scenario, Seconds, Slo, Trace
 from loadgen.target import base_of
 
-PASS, SLO_MISSED, USAGE, INVALID, DIED, INCONCLUSIVE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 _EXIT = {ScenarioError: USAGE, FolderError: USAGE, ServerError: DIED, StoreError: INVALID,
          GeneratorError: INVALID}
+__all__ = ["DIED", "INCONCLUSIVE", "INTERRUPTED", "INVALID", "PASS", "SLO_MISSED", "USAGE", "entry",
+           "main"]
 DEFAULT_BUDGET = "230s"
 
 
@@ -76,11 +88,14 @@ def main() -> None:
 @click.option("--unit-step", is_flag=True, help="Then find the largest concurrency that the server "
               "survives, to the unit: by bisection, with a restart after each death, beyond the "
               "budget.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN",
+              help="Go on with a search that was stopped: load, scenario, seed and server are the "
+              "folder's. Beside it only --api-key, --header, --proxy and --no-report may stand.")
 @target_options
 @click.pass_obj
 def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | None,
           max_rate: float | None, levels: str | None, budget: Seconds, restart: bool,
-          unit_step: bool, **options: Any) -> None:
+          unit_step: bool, resume: Path | None, **options: Any) -> None:
     """How much load is safe? Climbs a ladder of levels, then proves the highest good one.
 
     \b
@@ -88,7 +103,10 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     loadgen sweep chat --max-concurrency 64 --base-url http://127.0.0.1:8000 --slo ttft=500ms
     loadgen sweep --max-rate 8 --server sim -- --gpu h200 --model qwen2.5-7b
     loadgen sweep --max-concurrency 128 --server vllm --model Qwen/Qwen2.5-7B-Instruct -- -tp 2
+    loadgen sweep --resume runs/20261121-011500-mixed
     """
+    if resume is not None:
+        _go_on(resume, server_options, options)
     from loadgen.ramp import SweepPlan  # noqa: PLC0415  (heavy imports wait for the command)
 
     if (max_concurrency is None) == (max_rate is None):
@@ -169,19 +187,56 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
     _measure(name, server_options, options, measure, None, (float(value), axis))
 
 
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def _print_schema(context: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from analysis import gate  # noqa: PLC0415
+
+        click.echo(gate.schema().decode(), nl=False)
+        context.exit()
+
+
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
               help="Judge by these limits instead.")
 @click.option("--html/--no-html", default=True, show_default=True, help="Write report.html.")
-def report(folder: Path, slos: tuple[str, ...], html: bool) -> None:
+@click.option("--junit", type=FILE, metavar="FILE", help="JUnit XML, also there.")
+@click.option("--markdown", type=FILE, metavar="FILE", help="The summary in Markdown, also there.")
+@click.option("--json", "json_file", type=FILE, metavar="FILE",
+              help="The verdict as JSON, also there. Its schema: --schema.")
+@click.option("--step-summary", is_flag=True,
+              help="Append the summary to the file that $GITHUB_STEP_SUMMARY names.")
+@click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
+              help="Print the JSON Schema of verdict.json.")
+def report(folder: Path, slos: tuple[str, ...], html: bool, junit: Path | None,
+           markdown: Path | None, json_file: Path | None, step_summary: bool) -> None:
     """Remake tables, verdict and report of a run from its journals; as a gate in CI, too.
 
     \b
     loadgen report runs/20261121-011500-mixed
     loadgen report runs/20261121-011500-mixed --slo ttft=1s
+    loadgen report runs/ci --no-html --junit junit.xml --json verdict.json --step-summary
     """
-    raise SystemExit(_conclude(folder, slo_of(slos), html))
+    from analysis import gate  # noqa: PLC0415
+
+    code = _conclude(folder, slo_of(slos), html)
+    for name, copy in (("junit.xml", junit), ("summary.md", markdown), ("verdict.json", json_file)):
+        if copy is not None:
+            gate.write(copy, (folder / name).read_bytes())
+    if step_summary:
+        _append_to_step_summary((folder / "summary.md").read_text(encoding="utf-8"))
+    raise SystemExit(code)
+
+
+def _append_to_step_summary(text: str) -> None:
+    import os  # noqa: PLC0415
+
+    if path := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(path).open("a", encoding="utf-8") as f:
+            f.write(text)
 
 
 @main.command()
@@ -243,17 +298,46 @@ def doctor(base_url: str | None, calibrate: bool) -> None:
 @main.command()
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))
-def compare(base: Path, new: Path) -> None:
+@click.option("--max-regression", "limits", multiple=True, metavar="FIGURE=SHARE",
+              help="Pass only if the figure surely is not worse by more: ttft_p99=10%. May be "
+              "repeated. Figures: ttft, tpot, e2e with _p50, _p90, _p99; attainment, goodput.")
+@click.option("--level", "levels", type=float, multiple=True, metavar="C",
+              help="Compare only this level; may be repeated.")
+@click.option("--allow", multiple=True, metavar="FIELD",
+              help="Let this field of the manifests differ, as model or scenario.slo.")
+@click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write it as JSON.")
+@click.option("--markdown", type=FILE, metavar="FILE", help="Write it as Markdown.")
+def compare(base: Path, new: Path, limits: tuple[str, ...], levels: tuple[float, ...],
+            allow: tuple[str, ...], json_file: Path | None, markdown: Path | None) -> None:
     """Is run NEW better or worse than BASE, beyond noise? Refuses runs that are not alike.
+
+    Exit codes: 0 nothing is worse (each --max-regression holds), 1 something is, 2 not alike, 5
+    these runs cannot tell.
 
     \b
     loadgen compare runs/before runs/after
+    loadgen compare runs/main runs/branch --max-regression ttft_p99=10% --level 32
     """
+    import msgspec  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
 
     from analysis import compare as comparing  # noqa: PLC0415
+    from analysis import comparison, frame, gate  # noqa: PLC0415
 
-    raise SystemExit(comparing.show(Console(), base, new))
+    wanted = [comparing.limit_of(x) for x in limits]
+    a, b = frame.load(base), frame.load(new)
+    differ = {k: v for k, v in comparing.unlike(a, b).items() if k not in allow}
+    if differ:
+        raise ScenarioError("these runs are not alike: " + "; ".join(
+            f"{k}: {v}" for k, v in differ.items()) + f". To compare them still: "
+            f"{' '.join(f'--allow {k}' for k in differ)}")
+    found = comparing.compare(a, b, wanted, levels, allow)
+    comparison.show(Console(), found)
+    if json_file is not None:
+        gate.write(json_file, msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+    if markdown is not None:
+        gate.write(markdown, comparison.markdown(found).encode())
+    raise SystemExit(found.exit_code)
 
 
 @main.command()
@@ -301,13 +385,10 @@ def campaign(file: Path, out: Path | None) -> None:
         csv.writer(f).writerows([campaigns.COLUMNS, *rows])
     (folder / "campaign.md").write_text(campaigns.markdown(rows), encoding="utf-8")
     click.echo("\n" + campaigns.markdown(rows))
-    raise SystemExit(next(c for c in _PRECEDENCE if c in codes))
+    raise SystemExit(next(c for c in PRECEDENCE if c in codes))
 
 
 # -------------------------------------------------------------------------------------- inside
-
-
-_PRECEDENCE = (INTERRUPTED, USAGE, INVALID, DIED, SLO_MISSED, INCONCLUSIVE, PASS)
 
 
 def _invoke(words: list[str]) -> int:
@@ -351,6 +432,43 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     raise SystemExit(code)
 
 
+SECRETS = ("api_key", "headers", "proxy")  # what a manifest does not hold
+OF_RESUME = {"resume", "report", *SECRETS}
+
+
+def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -> None:
+    """A search that was stopped, to its exit code."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from loadgen import resume, runner  # noqa: PLC0415
+    from loadgen.view import View  # noqa: PLC0415
+
+    context = click.get_current_context()
+    others = [p.opts[0] for p in context.command.params if p.name not in OF_RESUME
+              and context.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
+    if others:
+        raise click.UsageError(f"--resume goes on with what the folder says: leave out "
+                               f"{', '.join(others)}")
+    before = resume.stopped(folder)
+    asked, own = asked_for(main, before.manifest.command[1:])
+    options = {**asked, **{k: given[k] for k in SECRETS if given[k]}}
+    hidden = hidden_in({k: options[k] for k in SECRETS}, server_options or own)
+    if hidden:
+        raise click.UsageError(f"{folder} holds no secrets: give {hidden} again")
+    criteria = before.plan.criteria
+    session = runner.Session(
+        scenario=scenario.parse(before.manifest.scenario, where=f"{folder}/manifest.json"),
+        server=server_of(options, server_options or own, folder), out=folder, criteria=criteria,
+        seed=before.manifest.seed,
+        model=None if launches(options) else options["model"] or before.manifest.model,
+        headers=headers_of(options), processes=before.manifest.processes,
+        command=before.manifest.command[1:], patience_s=options["start_timeout"],
+        gpus=options["gpus"])
+    result = runner.run_sweep(session, before.plan, View(Console(), before.plan.budget_s),
+                              before=before)
+    raise SystemExit(_conclude(folder, None, given["report"], result))
+
+
 def _run_name(chosen: Scenario) -> str:
     return f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{chosen.name}"
 
@@ -379,40 +497,17 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
                       highlight=False)
     if html:
         console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
-    return _exit_code(finished, result)
+    code = _exit_code(finished, result)
+    if code == INTERRUPTED and finished.manifest.plan is not None:
+        console.print(f"Go on with: loadgen sweep --resume {folder}", soft_wrap=True,
+                      highlight=False)
+    return code
 
 
 def _exit_code(finished: Any, result: Any) -> int:
-    """130 > 2 > 3 > 4 > 1 > 5 > 0, of a run over all its legs. A sweep that found its safe level
-    passes even if a higher one killed the server."""
-    stop = result.stop if result is not None else None
-    endings = [window.ending for _, window in finished.legs]
-    if stop == "interrupted" or (stop is None and endings[-1:] == ["interrupted"]):
-        return INTERRUPTED
-    searched = [j for j in finished.judgements if not j.leg.startswith("unit-")]
-    last = searched[-1] if searched else None
-    if last is None:
-        return INVALID
-    if finished.is_run:
-        codes = {_leg_code(j) for j in finished.judgements}
-        return next(c for c in _PRECEDENCE if c in codes)
-    answer = finished.conclusion
-    if stop == "failed" or endings[-1:] == ["failed"]:
-        return INVALID
-    if answer.safe is not None:
-        return PASS
-    if stop == "GENERATOR_LIMIT" or (last is not None and last.measurement == "INVALID"):
-        return INVALID
-    if stop == "SERVER_DIED" or (last is not None and last.died):
-        return DIED
-    return SLO_MISSED if answer.load == "UNSAFE" else INCONCLUSIVE
+    from analysis import gate  # noqa: PLC0415
 
-
-def _leg_code(j: Any) -> int:
-    """Of a leg that was asked for as such."""
-    if j.measurement == "INVALID":
-        return INVALID
-    return DIED if j.died else {"SAFE": PASS, "UNSAFE": SLO_MISSED}.get(j.load, INCONCLUSIVE)
+    return gate.exit_code(finished, result.stop if result is not None else None)
 
 
 def entry(words: list[str] | None = None) -> None:

@@ -1,5 +1,8 @@
 """Exceptions mean that the operator must act. What happens to one request is an outcome, not an
-exception (see `loadgen.record.Outcome`)."""
+exception (see `loadgen.record.Outcome`). And the exit codes, of both."""
+
+PASS, SLO_MISSED, USAGE, INVALID, DIED, INCONCLUSIVE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+PRECEDENCE = (INTERRUPTED, USAGE, INVALID, DIED, SLO_MISSED, INCONCLUSIVE, PASS)
 
 
 class LoadgenError(Exception):

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-import numpy as np
 from msgspec import Struct
 
 from loadgen.record import RequestRecord
@@ -47,10 +46,8 @@ def peak_of(records: Iterable[RequestRecord]) -> Peak:
         if r.sent_ns is not None:
             starts.setdefault(r.shard, Counter())[r.sent_ns // S] += 1
         if r.first_ns is not None:
-            stamps_ns = r.first_ns + 1000 * np.cumsum([0, *r.gaps_us])
-            seconds, counts = np.unique(stamps_ns // S, return_counts=True)
             events.setdefault(r.shard, Counter()).update(
-                dict(zip(seconds.tolist(), counts.tolist(), strict=True)))
+                dict(zip(*r.by_second(), strict=True)))
     return Peak(_highest(events), _highest(starts))
 
 

@@ -3,12 +3,13 @@ by it."""
 
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
 from loadgen.scenario import Load
 
 Axis = Literal["concurrency", "rate"]
-Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "overload"]
+Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "overload", "unit"]
 Ending = Literal["done", "cut", "interrupted", "server_died", "failed"]
 
 
@@ -69,6 +70,14 @@ class Window(Struct, frozen=True):
     note: str | None = None
     shards: list[Health] = []
     alone: bool = False
+
+    def shifted(self, ns: int) -> "Window":
+        """With all stamps brought to another clock."""
+        if not ns:
+            return self
+        return msgspec.structs.replace(
+            self, t0_ns=self.t0_ns + ns, from_ns=self.from_ns + ns, to_ns=self.to_ns + ns,
+            end_ns=self.end_ns + ns, stalls=[(a + ns, b + ns) for a, b in self.stalls])
 
     def is_void(self, due_ns: int, end_ns: int) -> bool:
         return any(due_ns < b and end_ns > a for a, b in self.stalls)

@@ -57,14 +57,14 @@ def ttft_service_s(r: RequestRecord) -> float | None:
 
 def tpot_s(r: RequestRecord) -> float | None:
     """Mean time per output token after the first. None below 2 tokens."""
-    if r.first_ns is None or r.output_tok is None or r.output_tok < 2 or not r.gaps_us:
+    if r.first_ns is None or r.output_tok is None or r.output_tok < 2 or r.n_events < 2:
         return None
-    return sum(r.gaps_us) / 1e6 / (r.output_tok - 1)
+    return r.stream_us / 1e6 / (r.output_tok - 1)
 
 
 def itl_max_s(r: RequestRecord) -> float | None:
     """The longest silence between two token events."""
-    return max(r.gaps_us) / 1e6 if r.gaps_us else None
+    return None if r.gap_max_us is None else r.gap_max_us / 1e6
 
 
 def e2e_s(r: RequestRecord) -> float | None:

@@ -15,7 +15,7 @@ import msgspec
 from loadgen import scenario
 from loadgen.errors import ScenarioError
 from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, Slo, Trace
-from loadgen.target import Trust, target_of
+from loadgen.target import HIDDEN, Trust, target_of
 
 
 def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Seconds | None:
@@ -139,6 +139,33 @@ def target_options(command: Any) -> Any:
     ]):
         command = option(command)
     return command
+
+
+def asked_for(group: click.Group, words: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The options of a command line that was given once, and the server's. Raises ScenarioError if
+    they mean nothing any more."""
+    try:
+        with group.make_context(group.name, list(words)) as outer:
+            left = [*getattr(outer, "_protected_args", ()), *outer.args]
+            _, command, rest = group.resolve_command(outer, left)
+            if command is None or command.name != "sweep":
+                raise ScenarioError(f"`loadgen {shlex.join(words)}` was no sweep")
+            with command.make_context(command.name, rest, parent=outer) as inner:
+                return inner.params, outer.obj
+    except click.ClickException as e:
+        raise ScenarioError(f"the command of the run cannot be read any more: "
+                            f"{e.format_message()}") from e
+
+
+def hidden_in(options: dict[str, Any], server_options: Sequence[str]) -> str | None:
+    """Which secrets stand there hidden; None: none."""
+    if HIDDEN in str(options["api_key"]):
+        return "--api-key"
+    if any(HIDDEN in x for x in options["headers"]):
+        return "each --header"
+    if HIDDEN in str(options["proxy"]):
+        return "--proxy"
+    return ("the server's options after `--`" if any(HIDDEN in x for x in server_options) else None)
 
 
 def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path) -> Any:

@@ -88,14 +88,45 @@ class RequestRecord(Struct, omit_defaults=True):
     error: str | None = None
     output_ref: str | None = None
 
+    def shift(self, ns: int) -> None:
+        """Brings all stamps to another clock."""
+        if ns:
+            self.due_ns += ns
+            self.end_ns += ns
+            for name in ("sent_ns", "headers_ns", "first_ns", "first_visible_ns"):
+                if (stamp := getattr(self, name)) is not None:
+                    setattr(self, name, stamp + ns)
+
     @property
     def last_ns(self) -> int | None:
         """Stamp of the last token event (to 1 µs)."""
-        return None if self.first_ns is None else self.first_ns + 1000 * sum(self.gaps_us)
+        return None if self.first_ns is None else self.first_ns + 1000 * self.stream_us
 
     @property
     def n_events(self) -> int:
         return 0 if self.first_ns is None else 1 + len(self.gaps_us)
+
+    @property
+    def stream_us(self) -> int:
+        """From the first token event to the last."""
+        return sum(self.gaps_us)
+
+    @property
+    def gap_max_us(self) -> int | None:
+        return max(self.gaps_us, default=None)
+
+    @property
+    def n_reads(self) -> int:
+        """Reads that brought a token event."""
+        return self.n_events if self.reads is None else len(self.reads)
+
+    def by_second(self) -> tuple[list[int], list[int]]:
+        """Seconds of the shard's clock in which token events came, and how many in each."""
+        if self.first_ns is None:
+            return [], []
+        stamps_ns = self.first_ns + 1000 * np.cumsum([0, *self.gaps_us])
+        seconds, counts = np.unique(stamps_ns // 1_000_000_000, return_counts=True)
+        return seconds.tolist(), counts.tolist()
 
 
 class Shot(Struct, frozen=True):

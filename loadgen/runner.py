@@ -2,7 +2,9 @@
 stop it. The composition of all parts below the command line."""
 
 import asyncio
+import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from loadgen import calibrate, facts, health, unit
-from loadgen.errors import ServerError
+from loadgen import calibrate, facts, health, resume, unit
+from loadgen.errors import ScenarioError, ServerError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
+from loadgen.prompts import Ratio
 from loadgen.ramp import SweepPlan
 from loadgen.record import TROUBLE, RequestRecord
+from loadgen.resume import Clock, NextLeg, Replay, Stopped
 from loadgen.scenario import Scenario
 from loadgen.store import SCHEMA, Header, Journal, LegLine, RunFolder
 from loadgen.supervise import Progress, Shards
@@ -54,18 +58,33 @@ class Session(Struct, frozen=True):
 
 
 def run_sweep(session: Session, plan: SweepPlan, view: View,
-              unit_step: bool = False) -> SweepResult:
-    """Drives the search to its stop; everything is in the run folder when this returns."""
+              unit_step: bool = False, before: Stopped | None = None) -> SweepResult:
+    """Drives the search to its stop; everything is in the run folder when this returns. `before`:
+    what of it was done already."""
+    if before is not None and (ended := _nothing_left(session, plan, before)) is not None:
+        view.say(f"{before.folder.path}: the search was over already")
+        return ended
     if isinstance(session.server, VirtualSim):
         return _virtual(session, session.server, view, lambda executor: sweep(
-            plan, session.scenario, executor, view.judged, lambda: executor.now_s))
+            plan, session.scenario, executor, view.judged, lambda: executor.now_s), plan, before)
 
     async def body(executor: "_Executor") -> SweepResult:
-        found = await sweep(plan, session.scenario, executor, view.judged)
+        clock = Clock(executor.folder.legs_journal(), before)
+        who = Replay(before, executor) if before is not None else executor
+        found = await sweep(plan, session.scenario, who, view.judged, clock)
         if not unit_step or found.stop in ("interrupted", "failed"):
             return found
         return await unit.search(plan, found, session.scenario, executor, view.judged)
-    return _drive(_session(session, view, body))
+    return _drive(_session(session, view, body, plan, before))
+
+
+def _nothing_left(session: Session, plan: SweepPlan, before: Stopped) -> SweepResult | None:
+    """The search's result, if it asks for no leg beyond those that stand."""
+    try:
+        return asyncio.run(sweep(plan, session.scenario, Replay(before), lambda *_: None,
+                                 Clock(None, before)))
+    except NextLeg:
+        return None
 
 
 def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
@@ -81,27 +100,62 @@ def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
 
 
 def _virtual(session: Session, server: VirtualSim, view: View,
-             body: "Callable[[_Kept], Awaitable[SweepResult]]") -> SweepResult:
+             body: "Callable[[_Kept], Awaitable[SweepResult]]", plan: SweepPlan | None = None,
+             before: Stopped | None = None) -> SweepResult:
     """The same on the simulator's engine in virtual time; the same run folder."""
-    folder = RunFolder.create(session.out, facts.manifest(
-        session.out, ["loadgen", *session.command], session.scenario, session.seed,
-        session.criteria, server.target, server.facts(), {}, 1))
+    folder = _folder(session, server.target, {}, plan, before)
+    held = folder.held()
+    if before is not None:
+        _goes_on(before, server.target, server.facts(), 0, 0)
     view.say(f"{session.scenario.name} → {server.target.model}, simulated in virtual time; records "
              f"in {folder.path}")
     executor = _Kept(folder, VirtualExecutor(
-        session.scenario, server.config, server.utilization, faults=server.faults))
+        session.scenario, server.config, server.utilization, faults=server.faults), before)
 
     async def doing() -> SweepResult:
         with view:
             return await body(executor)
-    return asyncio.run(doing())
+    try:
+        return asyncio.run(doing())
+    finally:
+        os.close(held)
+
+
+def _folder(session: Session, target: Target, ratios: dict[str, Ratio],
+            plan: SweepPlan | None, before: Stopped | None) -> RunFolder:
+    """The run's folder: a new one, but for a search that goes on."""
+    if before is not None:
+        return before.folder
+    manifest = facts.manifest(
+        session.out, ["loadgen", *session.command], session.scenario, session.seed,
+        session.criteria, target, session.server.facts(), ratios, session.processes)
+    return RunFolder.create(session.out, msgspec.structs.replace(
+        manifest, plan=None if plan is None else msgspec.to_builtins(plan)))
+
+
+def _goes_on(before: Stopped, target: Target, server: dict[str, Any], now_ns: int,
+             wall_ns: int) -> None:
+    """Notes that a search goes on. Raises ScenarioError if it would on another server."""
+    was = before.manifest
+    differ = resume.unlike({"model": was.model, **was.server}, {"model": target.model, **server})
+    if was.server.get("kind") == "remote" and was.base_url != target.base_url:
+        differ.append(f"base URL: {was.base_url} before, {target.base_url} now")
+    if differ:
+        raise ScenarioError(f"{before.folder.path}: this is not the server that the search began "
+                            f"with ({'; '.join(differ)}); begin a new one")
+    journal = before.folder.legs_journal()
+    journal.append(LegLine(resumed=resume.note(before, now_ns, wall_ns)))
+    journal.close()
 
 
 class _Kept:
-    """A virtual executor whose legs are written down."""
+    """A virtual executor whose legs are written down. Of a search that goes on the engine is
+    stepped through the legs that stand once more: it then is where it was."""
 
-    def __init__(self, folder: RunFolder, executor: VirtualExecutor) -> None:
-        self._executor = executor
+    def __init__(self, folder: RunFolder, executor: VirtualExecutor,
+                 before: Stopped | None = None) -> None:
+        self._executor, self._folder = executor, folder
+        self._again = list(before.done) if before is not None else []
         self._legs, self._telemetry = folder.legs_journal(), folder.telemetry("server")
         self._records = Journal(folder.records_path(0))
         self._records.append(Header(SCHEMA, folder.path.name, 0, 0, 0))
@@ -114,6 +168,12 @@ class _Kept:
         await self._executor.restart(why)
 
     async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
+        if self._again:
+            window, records, signs = await self._executor.run_leg(leg)
+            kept, then = self._again.pop(0)
+            if (kept, then) != (leg, window):
+                raise ScenarioError(resume.differs(self._folder.path, leg, kept))
+            return window, records, signs
         self._legs.append(LegLine(leg=leg))
         window, records, signs = await self._executor.run_leg(leg)
         for record in records:
@@ -132,9 +192,11 @@ def _drive(session: Coroutine[Any, Any, SweepResult]) -> SweepResult:
 
 
 async def _session(session: Session, view: View,
-                   body: "Callable[[_Executor], Awaitable[SweepResult]]") -> SweepResult:
+                   body: "Callable[[_Executor], Awaitable[SweepResult]]",
+                   plan: SweepPlan | None = None, before: Stopped | None = None) -> SweepResult:
     interrupt = _Interrupt()
-    RunFolder.check_free(session.out)
+    if before is None:
+        RunFolder.check_free(session.out)
     async with AsyncExitStack() as stack:
         watcher = Watcher(view.say)
         stack.push_async_callback(watcher.close)
@@ -147,10 +209,12 @@ async def _session(session: Session, view: View,
         target = await _ready(session, view, watcher)
         if not launched and _watches_gpus(session, gpu.is_here(target.base_url)):
             watcher.begin_gpus()
-        ratios = await calibrate.ratios(target, session.scenario, session.seed)
-        folder = RunFolder.create(session.out, facts.manifest(
-            session.out, ["loadgen", *session.command], session.scenario, session.seed,
-            session.criteria, target, session.server.facts(), ratios, session.processes))
+        ratios = (msgspec.convert(before.manifest.ratios, dict[str, Ratio]) if before is not None
+                  else await calibrate.ratios(target, session.scenario, session.seed))
+        folder = _folder(session, target, ratios, plan, before)
+        stack.callback(os.close, folder.held())
+        if before is not None:
+            _goes_on(before, target, session.server.facts(), time.monotonic_ns(), time.time_ns())
         view.say(f"{session.scenario.name} → {target.model} at {target.base_url}; records in "
                  f"{folder.path}")
         shards = await stack.enter_async_context(Shards(
@@ -193,10 +257,10 @@ class _Executor:
 
     def __init__(self, session: Session, target: Target, folder: RunFolder, shards: Shards,
                  view: View, watcher: Watcher) -> None:
-        self._session, self._target, self._folder = session, target, folder
+        self._session, self._target, self.folder = session, target, folder
         self._shards, self._view = shards, view
         self._watcher = watcher
-        self._offsets: dict[Path, int] = {}
+        self._offsets = {x: x.stat().st_size for x in folder.path.glob("records-*.jsonl")}
         self._troubles = 0
         self._dying: str | None = None  # the sign of its death, before that is over …
         self._hung: str | None = None  # … or of a hang, in full
@@ -215,7 +279,7 @@ class _Executor:
             self._view.say(self._target.scrub(
                 f"the server died at {leg.value:g}: {note}{death.says(log, note)}"))
         await watcher.sample()
-        records = [r for r in self._folder.records(self._offsets) if r.leg == leg.id]
+        records = [r for r in self.folder.records(self._offsets) if r.leg == leg.id]
         return window, records, signs_of(window, series(watcher.rows, "server"))
 
     async def restart(self, why: str) -> None:

@@ -1,15 +1,21 @@
 """The run folder: what was asked (manifest), what happened (journals), what follows (summary).
 
     manifest.json        written first, by rename
-    legs.jsonl           a line when a leg starts (the Leg) and one when it ends (its Window)
+    legs.jsonl           a line when a leg starts (the Leg) and one when it ends (its Window);
+                         one where a stopped search went on
     records-<shard>.jsonl  a header line, then one RequestRecord a line, as requests end
     telemetry-<source>.jsonl  generic rows
     records.parquet, summary.json, report.html   made of the above; no summary = crashed
 
 Journals are append-only, one write() per line: a SIGKILL loses what was in flight, nothing else.
 A torn last line is passed over and counted. Schema history: 1 = first.
+
+A search that was stopped and goes on appends to the same journals. What it says in legs.jsonl
+(Resumed) keeps the records of the leg that was cut apart from those of its repetition, and brings
+stamps of another boot of the host to the first one's clock.
 """
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +53,7 @@ class Manifest(Struct, frozen=True):
     host: dict[str, Any]
     processes: int = 1
     calibration: Calibration | None = None  # that was in force; of one generator process
+    plan: dict[str, Any] | None = None  # of a search: levels, budget …; `--resume` goes on with it
 
 
 class Header(Struct, frozen=True):
@@ -70,11 +77,45 @@ class Row(Struct, frozen=True, omit_defaults=True):
     labels: dict[str, str] = {}
 
 
+class Resumed(Struct, frozen=True):
+    """A stopped search goes on. `kept`: the legs that stand; whatever other leg has records within
+    `sizes`, the bytes that each journal had, was cut and is repeated. `spent_s`: of the budget,
+    until then; `looks`: how many of the LegLines that say so stand. `shift_ns`: what brings later
+    stamps to the clock of the stamps before."""
+
+    when: str
+    spent_s: float
+    kept: list[str]
+    looks: int
+    sizes: dict[str, int]
+    shift_ns: int = 0
+
+
 class LegLine(Struct, frozen=True, omit_defaults=True):
-    """A line of legs.jsonl: a leg that started, or how one ended."""
+    """A line of legs.jsonl: a leg that started, how one ended, how much of the budget was spent
+    when the search looked, or that it went on."""
 
     leg: Leg | None = None
     window: Window | None = None
+    spent_s: float | None = None
+    resumed: Resumed | None = None
+
+
+class Apart(Struct, frozen=True):
+    """What a run's resumptions say of a line in a journal."""
+
+    resumed: list[Resumed]
+
+    def of(self, name: str, start: int, leg: str) -> tuple[str, int]:
+        """For the line at byte `start` of the file `name`: the leg's id, which is another one if
+        the leg was cut there, and what is to be added to its stamps."""
+        shift_ns = 0
+        for k, r in enumerate(self.resumed, 1):
+            if start >= r.sizes.get(name, 0):
+                shift_ns += r.shift_ns
+            elif leg not in r.kept:
+                return f"{leg}~cut{k}", shift_ns
+        return leg, shift_ns
 
 
 _encoder = msgspec.json.Encoder(enc_hook=enc_hook)
@@ -125,6 +166,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.torn = 0  # lines that could not be read so far
+        self._legs_read = False
 
     @classmethod
     def check_free(cls, path: Path) -> None:
@@ -134,6 +176,18 @@ class RunFolder:
             raise FolderError(f"{path}: cannot be made: {there} is no folder that can be written")
         if (path / "manifest.json").exists():
             raise FolderError(f"{path} holds a run already; name another folder with --out")
+
+    def held(self) -> int:
+        """A lock on the folder for as long as this process lives, or closes what is returned.
+        Raises FolderError if another one writes there."""
+        fd = os.open(self.path / "manifest.json", os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise FolderError(f"{self.path}: another loadgen still writes there; end it first"
+                              ) from None
+        return fd
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest) -> "RunFolder":
@@ -188,43 +242,82 @@ class RunFolder:
     def records(self, offsets: dict[Path, int] | None = None) -> Iterator[RequestRecord]:
         """All records. `offsets` (bytes already read, by file) makes it read only what came
         since, and is brought up to date."""
+        apart = self.apart()
         for path in sorted(self.path.glob("records-*.jsonl")):
             start = (offsets or {}).get(path, 0)
-            for line, end in self._lines(path, start):
+            for line, end in self.lines(path, start):
                 if offsets is not None:
                     offsets[path] = end
                 if not line.startswith(b'{"schema":'):
-                    record = self._decode(line, _decode_record)
+                    record = self.decoded(line)
                     if record is not None:
+                        if apart.resumed:
+                            record.leg, shift_ns = apart.of(path.name, end - len(line), record.leg)
+                            record.shift(shift_ns)
                         yield record
 
     def headers(self) -> list[Header]:
         """The record journals' first lines, in the order of shards."""
         found = []
         for path in sorted(self.path.glob("records-*.jsonl")):
-            found += [h for line, _ in self._lines(path, 0) if line.startswith(b'{"schema":')
+            found += [h for line, _ in self.lines(path, 0) if line.startswith(b'{"schema":')
                       and (h := self._decode(line, _decode_header)) is not None]
         return found
 
     def legs(self) -> list[tuple[Leg, Window | None]]:
-        """Each leg that started, in order, with its window; None: it never ended (a crash)."""
+        """Each leg that started, in order, with its window; None: it never ended (a crash). A leg
+        that was cut and repeated is there as repeated."""
+        legs: list[Leg] = []
+        windows: dict[str, Window] = {}
+        shift_ns = 0
+        for line in self.leg_lines():
+            if line.leg:
+                legs.append(line.leg)
+            if line.window:
+                windows[line.window.leg] = line.window.shifted(shift_ns)
+            if line.resumed:
+                shift_ns += line.resumed.shift_ns
+                kept = line.resumed.kept
+                legs = [x for x in legs if x.id in kept]
+                windows = {k: w for k, w in windows.items() if k in kept}
+        return [(x, windows.get(x.id)) for x in legs]
+
+    def apart(self) -> Apart:
+        return Apart([x.resumed for x in self.leg_lines() if x.resumed])
+
+    def leg_lines(self) -> list[LegLine]:
+        """All that legs.jsonl says, in its order."""
         path = self.path / "legs.jsonl"
         if not path.exists():
             return []
-        lines = [x for line, _ in self._lines(path, 0)
+        torn = self.torn
+        found = [x for line, _ in self.lines(path, 0)
                  if (x := self._decode(line, _decode_leg)) is not None]
-        windows = {x.window.leg: x.window for x in lines if x.window}
-        return [(x.leg, windows.get(x.leg.id)) for x in lines if x.leg]
+        if self._legs_read:
+            self.torn = torn  # its torn lines are counted once
+        self._legs_read = True
+        return found
 
     def rows(self) -> Iterator[Row]:
         """All telemetry."""
+        apart = self.apart()
+        seen: set[bytes] = set()  # a virtual leg that is repeated has the same rows
         for path in sorted(self.path.glob("telemetry-*.jsonl")):
-            for line, _ in self._lines(path, 0):
+            for line, end in self.lines(path, 0):
                 row = self._decode(line, _decode_row)
-                if row is not None:
-                    yield row
+                if row is None or line in seen:
+                    continue
+                if apart.resumed:
+                    seen.add(line)
+                    shift_ns = apart.of(path.name, end - len(line), "")[1]
+                    row = msgspec.structs.replace(row, t_ns=row.t_ns + shift_ns)
+                yield row
 
-    def _lines(self, path: Path, start: int) -> Iterator[tuple[bytes, int]]:
+    def decoded(self, line: bytes) -> RequestRecord | None:
+        """The record that a line holds; None, and counted as torn, if it holds none."""
+        return self._decode(line, _decode_record)
+
+    def lines(self, path: Path, start: int) -> Iterator[tuple[bytes, int]]:
         """(line, offset after it) for each whole line from byte `start`."""
         with path.open("rb") as f:
             f.seek(start)

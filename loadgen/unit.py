@@ -15,7 +15,6 @@ from loadgen.scenario import Closed, Scenario
 from loadgen.sweep import Executor, SweepResult, run_one
 
 MAX_RESTARTS = 20  # 2^20 levels: more than that is no search, but a server that dies of anything
-PREFIX = "unit-"  # of its legs' ids
 
 
 class Boundary(Struct, frozen=True):
@@ -83,7 +82,7 @@ def act(state: State) -> tuple[State, Action]:
 
 def _next(state: State) -> float | Done:
     b = boundary(state.judged)
-    own = [j for j in state.judged if j.leg.startswith(PREFIX)]
+    own = [j for j in state.judged if j.phase == "unit"]
     if own and own[-1].measurement == "INVALID" and not own[-1].died:
         value = own[-1].value
         tries = sum(j.value == value and j.measurement == "INVALID" for j in own)
@@ -115,9 +114,9 @@ def _leg(state: State, value: float) -> Leg:
     known = [j for j in state.judged if j.answer_s]
     near = min(known, key=lambda j: abs(j.value - value), default=None)
     answer_s = (near.answer_s if near else None) or 1.0
-    again = sum(j.value == value and j.leg.startswith(PREFIX) for j in state.judged)
+    again = sum(j.value == value and j.phase == "unit" for j in state.judged)
     return Leg(
-        id=f"{PREFIX}{value:g}-r{again}", axis="concurrency", value=value, phase="refine",
+        id=f"unit-{value:g}-r{again}", axis="concurrency", value=value, phase="unit",
         replicate=again, seed=plan.seed * 10_000 + 5_000 + state.legs,
         load=Closed(concurrency=int(value)), warmup_s=round(max(1.0, answer_s), 3),
         measure_s=round(max(MIN_LEG_S, LEG_OF_E2E * answer_s), 3))

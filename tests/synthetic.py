@@ -217,3 +217,11 @@ def run_of(path: Path, *legs: tuple[float, Kind], note: str = "CUDA out of memor
                           "interrupted" if kind == "interrupted" else "done")
         held.append((one, Window(one.id, t0, t0, t0 + 40 * S, t0 + 70 * S, ending, note=note)))
     return write_plain(path, Plain(held, records), **changes)
+
+
+def few(n: int, late_s: float = 0.5) -> Plain:
+    """A leg of n answers, the last of which takes so long."""
+    one = leg(2, "run", 40.0, 0.0)
+    records = [answer_of(one, 100 * S + k * S, 0.4 if k < n - 1 else late_s, seq=k)
+               for k in range(n)]
+    return Plain([(one, Window(one.id, 100 * S, 100 * S, 140 * S, 170 * S, "done"))], records)

@@ -115,7 +115,7 @@ def test_parquet_holds_every_record_with_its_gaps(finished: Run) -> None:
     assert table.num_rows == len(records)
     assert table["gaps_us"][7].as_py() == records[7].gaps_us
     assert table["outcome"][7].as_py() == records[7].outcome.value
-    assert str(table.schema.field("gaps_us").type) == "list<element: int64>"
+    assert str(table.schema.field("gaps_us").type) == "list<element: int32>"
 
 
 @pytest.mark.parametrize(("options", "has", "has_not"), [

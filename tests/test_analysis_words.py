@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from analysis import frame, knee, words
+from analysis import frame, knee, phrases, words
 from analysis.knee import Fit, Level
 from loadgen.leg import Phase, Window
 from loadgen.scenario import parse_slo
@@ -75,10 +75,14 @@ def test_rate_axis_has_no_knee_but_a_largest_rate_achieved(tmp_path: Path) -> No
     run = frame.load(synthetic.write_plain(tmp_path / "run", Plain(legs, records)))
     found = knee.of(run)
     assert "largest rate of which 95 % was achieved is 2/s" in found.reason
-    assert "requests per second" in words.load_of(run, 2.0)
+    assert "requests per second" in phrases.load_of(run, 2.0)
 
 
 # --------------------------------------------------------------------------------------- words
+
+
+def headline(path: Path) -> str:
+    return words.answer(frame.load(path)).verdict.headline
 
 
 def said(path: Path, slo: str | None = None) -> str:
@@ -88,7 +92,7 @@ def said(path: Path, slo: str | None = None) -> str:
 def test_safe_stands_with_its_n_and_its_confidence(sweep: Path) -> None:
     text = said(sweep)
     assert text.startswith("SAFE, VALID (simulated): Safe up to 32 concurrent requests")
-    assert "(not soak-tested)" in text
+    assert "; not soak-tested)" in text
     run = frame.load(sweep)
     proof = run.conclusion.proof
     assert proof is not None
@@ -138,8 +142,10 @@ def test_invalid_says_that_the_generator_was_the_limit(tmp_path: Path, phase: Ph
 
 
 @pytest.mark.parametrize(("slo", "starts"), [
-    (None, "SAFE, VALID (simulated): Met at 16 concurrent requests."),
-    ("ttft=1ms", "UNSAFE, VALID (simulated): Not met at 16 concurrent requests.")])
+    (None, "SAFE, VALID (simulated): Met at 16 concurrent requests (95 % confident that ≥ 95 % "
+     "meet TTFT ≤ 2 s and TPOT ≤ 50 ms; "),
+    ("ttft=1ms", "UNSAFE, VALID (simulated): Not met at 16 concurrent requests (95 % confident "
+     "that < 95 % meet ")])
 def test_single_leg_is_met_or_not_met(tmp_path: Path, slo: str | None, starts: str) -> None:
     path = synthetic.write(tmp_path / "run", levels=(16,), confirm=None, phase="run")
     text = said(path, slo)
@@ -151,11 +157,11 @@ def test_single_leg_is_met_or_not_met(tmp_path: Path, slo: str | None, starts: s
 def test_several_loads_that_were_asked_for_are_judged_each_for_itself(tmp_path: Path) -> None:
     path = synthetic.write(tmp_path / "run", levels=(64, 32, 16, 8), confirm=None, phase="run",
                            measure_s=80.0)
-    first, *each, generator = said(path).splitlines()
+    _, *each, generator = said(path).splitlines()
     assert generator.startswith("Generator: ")
     assert re.fullmatch(
-        r"UNSAFE, VALID \(simulated\): 8, 16, 32 concurrent requests SAFE; 64 UNSAFE "
-        r"\(\d+ of \d+ requests met the SLO: surely less than 95 %\)\.", first)
+        r"8, 16, 32 concurrent requests SAFE; 64 UNSAFE "
+        r"\(\d+ of \d+ requests met the SLO: surely less than 95 %\)", headline(path))
     assert [x.split(",")[0] for x in each] == ["At 8", "At 16", "At 32", "At 64"]
     assert "with 95 % confidence at least 9" in each[0]  # SAFE stands with its n and confidence
     assert "TTFT ≤ 2 s" in each[0]
@@ -167,22 +173,24 @@ def test_several_loads_that_were_asked_for_are_judged_each_for_itself(tmp_path: 
 def test_a_load_that_was_held_several_times_is_as_bad_as_its_worst_leg(tmp_path: Path) -> None:
     path = synthetic.write(tmp_path / "run", levels=(8, 8), confirm=None, phase="run",
                            measure_s=60.0)
-    assert said(path).startswith("SAFE, VALID (simulated): 8 concurrent requests SAFE.\nAt 8, ")
-    text = said(synthetic.run_of(tmp_path / "again", (8, "SAFE"), (8, "INVALID"), (2, "SAFE")))
-    assert text.startswith(
-        "UNRESOLVED, INVALID (simulated): 2 concurrent requests SAFE; 8 INVALID (the generator "
-        "could not start 80 requests (EMFILE)).")
-    text = said(synthetic.run_of(tmp_path / "worse", (8, "UNSAFE"), (8, "UNRESOLVED")))
-    assert text.startswith("UNSAFE, VALID (simulated): 8 concurrent requests UNSAFE (0 of 80 ")
+    assert said(path).startswith("SAFE, VALID (simulated): Met at each of 2 loads ")
+    assert headline(path) == "8 concurrent requests SAFE"
+    again = synthetic.run_of(tmp_path / "again", (8, "SAFE"), (8, "INVALID"), (2, "SAFE"))
+    assert said(again).startswith("UNRESOLVED, INVALID (simulated): Of 3 loads (240 requests) 1 ")
+    assert headline(again) == (
+        "2 concurrent requests SAFE; 8 INVALID (the generator could not start 80 requests "
+        "(EMFILE))")
+    worse = synthetic.run_of(tmp_path / "worse", (8, "UNSAFE"), (8, "UNRESOLVED"))
+    assert headline(worse).startswith("8 concurrent requests UNSAFE (0 of 80 ")
 
 
 def test_of_several_loads_those_that_are_not_safe_say_why(tmp_path: Path) -> None:
-    text = said(synthetic.run_of(tmp_path / "run", (1, "UNRESOLVED"), (2, "SAFE"), (4, "UNSAFE"),
-                                 (8, "died")))
-    head, *each = text.splitlines()
-    assert head.endswith(
-        ": 1 concurrent request UNRESOLVED (10 of 10); 2 SAFE; 4, 8 UNSAFE (at 4: 0 of 80 "
-        "requests met the SLO: surely less than 95 %).")
+    path = synthetic.run_of(tmp_path / "run", (1, "UNRESOLVED"), (2, "SAFE"), (4, "UNSAFE"),
+                            (8, "died"))
+    _, *each = said(path).splitlines()
+    assert headline(path) == (
+        "1 concurrent request UNRESOLVED (10 of 10); 2 SAFE; 4, 8 UNSAFE (at 4: 0 of 80 "
+        "requests met the SLO: surely less than 95 %)")
     assert "49 more requests at this share would show 95 %" in each[0]
     assert "missed 80 by TTFT" in each[2]
     assert "the server died: CUDA out of memory" in each[3]

@@ -60,12 +60,14 @@ ALLOWED = {
     "view": "judge leg supervise",
     "facts": "judge prompts scenario store target",
     "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
-    "runner": "calibrate errors facts health judge leg ramp record scenario store supervise sweep "
-              "unit "
-              "target telemetry.gpu telemetry.server telemetry.signs view virtual watch",
+    "resume": "errors judge leg ramp record store sweep telemetry.signs",
+    "runner": "calibrate errors facts health judge leg prompts ramp record resume scenario store "
+              "supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "
+              "virtual watch",
     "campaign": "errors scenario store target",
     "options": "dial errors scenario target",
-    "cli": "options calibration campaign doctor errors judge leg ramp runner scenario target view",
+    "cli": "options calibration campaign doctor errors judge leg ramp resume runner scenario "
+           "target view",
     "datasets": "errors plan record scenario",
     "validate": "errors record scenario store",
 }

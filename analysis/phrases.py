@@ -1,0 +1,45 @@
+"""How loads, limits and shares are said, everywhere the same."""
+
+import math
+
+from analysis.frame import Run
+from loadgen.scenario import Slo
+
+NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "event gap", "e2e": "E2E"}
+DAILY = 0.8  # of the safe load: what is proven holds at its edge, and days differ
+
+
+def load_of(run: Run, value: float) -> str:
+    if run.axis == "rate":
+        return f"{value:g} request{'s' if value != 1 else ''} per second"
+    return f"{value:g} concurrent request{'s' if value != 1 else ''}"
+
+
+def unit(run: Run) -> str:
+    return "Concurrent requests" if run.axis == "concurrency" else "Offered requests per second"
+
+
+def slo_of(run: Run) -> str:
+    """The limits in words: "TTFT ≤ 2 s and TPOT ≤ 50 ms"."""
+    own = {run.scenario.slo_of(c.name) for c in run.scenario.classes}
+    return limits(own.pop()) if len(own) == 1 else "the limits of their class"
+
+
+def limits(slo: Slo) -> str:
+    parts = [f"{NAMES[x]} ≤ {limit(v)}" for x in NAMES if (v := getattr(slo, f"{x}_s"))]
+    return " and ".join(parts) or "no limit at all (complete answers)"
+
+
+def limit(value_s: float) -> str:
+    return f"{1000 * value_s:g} ms" if value_s < 1 else f"{value_s:g} s"
+
+
+def count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' if n != 1 else ''}"
+
+
+def daily(run: Run, safe: float) -> float:
+    """What to keep to from day to day, so that the safe load is an edge that is not lived on."""
+    if run.axis == "rate":
+        return float(f"{DAILY * safe:.3g}")
+    return max(1.0, float(math.floor(DAILY * safe)))
