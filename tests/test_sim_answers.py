@@ -73,6 +73,20 @@ def test_tool_calls_are_the_same_streamed_and_whole(before: str) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == whole["finish_reason"] == "tool_calls"
 
 
+def test_two_tools_are_called_at_once_only_where_that_is_allowed() -> None:
+    tools = [{"type": "function", "function": {"name": n, "parameters": {"type": "object"}}}
+             for n in "fg"]
+    for allowed, most in ((True, 2), (False, 1)):
+        body = {"messages": SAID, "tools": tools, "tool_choice": "required",
+                "parallel_tool_calls": allowed}
+        asked = wire.parse_ask({"model": "m", **body}, True, ["m"], 4096, VOCAB).constraint
+        rng = random.Random(7)
+        calls = [len(scripts.parsed("".join(s.text for s in scripts.write(
+            asked, scripts.Habits(), rng).said), rng)[1]) for _ in range(100)]
+        assert max(calls) == most
+        assert min(calls) == 1
+
+
 def test_a_call_that_is_cut_is_text_of_the_whole_answer_and_nothing_of_the_stream() -> None:
     events, whole = answered({"tools": TOOLS, "tool_choice": "required"}, most=4)
     assert whole["finish_reason"] == events[-1]["choices"][0]["finish_reason"] == "length"

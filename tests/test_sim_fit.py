@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import pyarrow.parquet
 import pytest
 
 from loadgen import scenario
@@ -76,6 +77,16 @@ def test_what_a_run_cannot_tell_stays_as_shipped(tmp_path: Path) -> None:
     found, notes = fit.fit(seen.read(tmp_path / "run"), machine, 2048, "s")
     assert found.front_token_s == CONSTANTS.front_token_s
     assert notes["front_token_s"] == fit.KEPT
+
+
+def test_a_folder_without_journals_is_read_from_its_table(tmp_path: Path) -> None:
+    a_run(tmp_path / "run", OTHER, ("--gpu", "4090d"), (4,))
+    folder = RunFolder(tmp_path / "run")
+    journalled = seen.read(folder.path)
+    rows = [msgspec.to_builtins(r) for r in journalled]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder.path / "records.parquet")
+    folder.records_path(0).unlink()
+    assert seen.read(folder.path) == journalled
 
 
 def test_the_profile_that_is_written_is_the_one_that_is_read(folder: Path, tmp_path: Path) -> None:

@@ -166,6 +166,30 @@ def test_metrics_have_vllms_families_types_helps_labels_and_buckets_in_order() -
     run(test())
 
 
+def heads(text: str) -> list[tuple[str, str, str, list[str]]]:
+    """Families that are not vLLM's own: name, type, help, buckets."""
+    return [(f.name, f.type, f.documentation, sorted({
+        s.labels["le"] for s in f.samples if "le" in s.labels}))
+        for f in text_string_to_metric_families(text)
+        if not f.name.startswith(("vllm:", "sim:"))]
+
+
+def test_metrics_tell_of_process_and_http_as_vllms_do() -> None:
+    async def test() -> None:
+        async with serving() as (_, port):
+            for path, body in (("/v1/models", None), ("/v1/chat/completions", {}), ("/x", None)):
+                await ask(port, path, body)
+            said = (await ask(port, "/metrics")).body.decode()
+        assert heads(said) == heads(recorded("60_metrics_after").body.decode())
+        (requests,) = [f for f in text_string_to_metric_families(said)
+                       if f.name == "http_requests"]
+        assert {tuple(s.labels.values()): s.value for s in requests.samples
+                if s.name.endswith("_total")} == {
+            ("/v1/models", "GET", "2xx"): 1, ("/v1/chat/completions", "POST", "4xx"): 1,
+            ("none", "GET", "4xx"): 1}
+    run(test())
+
+
 def test_counters_agree_with_what_clients_saw_to_the_token() -> None:
     async def test() -> None:
         async with serving(engine={"mean_output_tok": 20.0}) as (_, port):

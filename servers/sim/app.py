@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from servers.sim import errors, exposition, faults, metrics
+from servers.sim import errors, exposition, faults, metrics, visits
 from servers.sim.admin import Admin
 from servers.sim.desk import MAX_BODY_BYTES, Desk
 from servers.sim.doors import Doors, json_bytes, uvicorn_headers
@@ -203,6 +203,7 @@ class Server:
     async def _metrics(self, _request: web.Request) -> web.Response:
         body = exposition.render(self.engine, self.models[0], self.tally, self.pacing,
                                  self._utilization)
+        body = visits.of_process() + body + self._doors.visits.of_http()
         return web.Response(body=body.encode(), headers={
             "content-type": "text/plain; version=1.0.0; charset=utf-8"})
 

@@ -60,18 +60,16 @@ class BlockPool:
     def give_back(self, anonymous: int, hashes: Sequence[int]) -> None:
         """A prefix's tail is the first to go when memory is short."""
         self.free += anonymous
-        if self._more and not self._more.keys().isdisjoint(hashes):
-            hashes = [h for h in hashes if not self._is_shared(h)]
+        if self._more and (shared := self._more.keys() & set(hashes)):
+            for h in shared:
+                self._one_less(h)
+            hashes = [h for h in hashes if h not in shared]
         self._used.difference_update(hashes)
         idle = self._idle
         for h in reversed(hashes):
             idle[h] = None
 
-    def _is_shared(self, h: int) -> bool:
-        """Somebody else has it; now by one less."""
-        if h not in self._more:
-            return False
+    def _one_less(self, h: int) -> None:
         self._more[h] -= 1
         if not self._more[h]:
             del self._more[h]
-        return True

@@ -18,6 +18,7 @@ class Constraint:
     tools: tuple[tuple[str, Any], ...] = ()  # (name, schema of its arguments)
     tool_choice: str | None = None
     named: bool = False
+    parallel: bool = True  # several tools may be called
 
 
 def parse(body: dict[str, Any], chat: bool) -> Constraint:
@@ -26,6 +27,7 @@ def parse(body: dict[str, Any], chat: bool) -> Constraint:
         raise invalid("dict_type", "body.structured_outputs", "Input should be a valid dictionary",
                       asked)
     tools, tool_choice, named = _tools(body) if chat else ((), None, False)
+    parallel = body.get("parallel_tool_calls") is not False
     choice = asked.get("choice") or ()
     if choice:
         if not isinstance(choice, list):
@@ -33,13 +35,13 @@ def parse(body: dict[str, Any], chat: bool) -> Constraint:
                           "list", choice)
         return Constraint(choice=tuple(map(str, choice)), tools=tools, tool_choice=tool_choice)
     if tool_choice not in (None, "auto"):
-        return Constraint(tools=tools, tool_choice=tool_choice, named=named)
+        return Constraint(tools=tools, tool_choice=tool_choice, named=named, parallel=parallel)
     schema = _schema(body, asked)
     if schema is not None:
         return Constraint(schema=schema)
     if asked.get("regex"):
         return Constraint(regex=str(asked["regex"]))
-    return Constraint(tools=tools, tool_choice=tool_choice)
+    return Constraint(tools=tools, tool_choice=tool_choice, parallel=parallel)
 
 
 def _schema(body: dict[str, Any], asked: dict[str, Any]) -> Any:

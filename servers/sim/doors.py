@@ -8,6 +8,7 @@ from aiohttp import web
 
 from servers.sim import errors, faults
 from servers.sim.log import log_exception
+from servers.sim.visits import Visits
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -36,9 +37,20 @@ class Doors:
                  clock: Callable[[], float]) -> None:
         self._faults, self._api_key, self._clock = state, api_key, clock
         self._throttle = Throttle()
+        self.visits = Visits()
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Every request that is answered is counted."""
+        began_s = self._clock()
+        response = await self._let_in(request, handler)
+        known = request.match_info.route.resource
+        self.visits.note(known.canonical if known else "none", request.method, response.status,
+                         self._clock() - began_s, request.content_length or 0,
+                         response.content_length or 0)
+        return response
+
+    async def _let_in(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         is_api = request.path.startswith("/v1")
         if not request.path.startswith("/sim/"):
             if self._faults.is_warming_up:

@@ -203,15 +203,16 @@ class Engine:
                 or not self._decoding or len(self._telling) > 1):
             return []
         ends: list[float] = []
+        time_of = self._time.of
         n, number, context, pool = len(self._decoding), self._number, self._context, self._pool
         while now_s < until_s and number + 1 not in self._ends:
-            need = self._hungry[number % BLOCK_TOK]
-            if need > pool.available:
-                break
-            pool.take(need)
+            if need := self._hungry[number % BLOCK_TOK]:
+                if need > pool.available:
+                    break
+                pool.take(need)
             number += 1
             context += n
-            now_s += self._time.of(n, n, context - n / 2, context)
+            now_s += time_of(n, n, context - n / 2, context)
             ends.append(now_s)
         self._number, self._context = number, context
         self.stats.steps += len(ends)

@@ -14,6 +14,7 @@ from servers.sim.errors import dumps
 _CALL = re.compile(  # of the hermes parser
     r'<tool_call>\s*\{"name":\s*"([^"]+)",\s*"arguments":\s*(.*?)\}\s*</tool_call>', re.DOTALL)
 AUTO_CALL_SHARE = 0.5  # of the answers to which tools were offered
+_TWICE_SHARE = 0.2  # of those that call one of several: they call two
 Delta = dict[str, Any]
 
 
@@ -57,7 +58,9 @@ def write(asked: Constraint, habits: Habits, rng: random.Random) -> Script:
     if asked.choice:
         return of_text(rng.choice(asked.choice), bool(asked.tool_choice), rng)
     if asked.tools and (asked.tool_choice != "auto" or rng.random() < habits.auto_call_frac):
-        return of_text(_call(asked, habits, rng), True, rng)
+        twice = (asked.parallel and not asked.named and len(asked.tools) > 1
+                 and rng.random() < _TWICE_SHARE)
+        return of_text("\n".join(_call(asked, habits, rng) for _ in range(1 + twice)), True, rng)
     if asked.schema is not None:
         value = schema.instance(asked.schema, rng)
         if rng.random() < habits.invalid_json_frac:

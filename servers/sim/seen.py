@@ -2,12 +2,13 @@
 long prompts took that met an empty server. (The folder is read here without loadgen's own types:
 a server knows nothing of loads.)"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow.parquet
 from msgspec import Struct
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -29,7 +30,8 @@ class Seen(Struct, frozen=True):
     end_ns: int
     sent_ns: int | None = None
     first_ns: int | None = None
-    gaps_us: list[int] = []
+    gaps_us: list[int] | None = None
+    event_tok: list[int] | None = None
     prompt_tok: int | None = None
     want_prompt_tok: int | None = None
     output_tok: int | None = None
@@ -48,20 +50,32 @@ class Decode:
 def read(folder: Path) -> list[Seen]:
     """Requests of a run folder that were sent; those that were cut off were in the server, too.
     Raises CannotFit."""
+    found = list(_journalled(folder)) or list(_table(folder))
+    kept = [r for r in found if r.sent_ns and (r.prompt_tok or r.outcome != "OK")]
+    if not any(r.outcome == "OK" for r in kept):
+        raise CannotFit(f"{folder}: holds no answered requests (records-*.jsonl, records.parquet)")
+    return kept
+
+
+def _journalled(folder: Path) -> Iterator[Seen]:
     decode = msgspec.json.Decoder(Seen).decode
-    found = []
     for path in sorted(folder.glob("records-*.jsonl")):
         for line in path.read_bytes().splitlines():
             if line.startswith(b'{"schema":'):
                 continue
             try:
-                found.append(decode(line))
+                yield decode(line)
             except msgspec.DecodeError:  # the torn last line of a crash
                 continue
-    kept = [r for r in found if r.sent_ns and (r.prompt_tok or r.outcome != "OK")]
-    if not any(r.outcome == "OK" for r in kept):
-        raise CannotFit(f"{folder}: holds no answered requests (records-*.jsonl)")
-    return kept
+
+
+def _table(folder: Path) -> Iterator[Seen]:
+    """The same from what is left where journals were thrown away."""
+    path = folder / "records.parquet"
+    if path.exists():
+        table = pyarrow.parquet.ParquetFile(path)
+        for batch in table.iter_batches(columns=[f.name for f in msgspec.structs.fields(Seen)]):
+            yield from msgspec.convert(batch.to_pylist(), list[Seen])
 
 
 class SeenLeg:
@@ -71,7 +85,7 @@ class SeenLeg:
         self.records = records
         sent = np.array([r.sent_ns or 0 for r in records], float)
         self.first = np.array([r.first_ns or r.end_ns for r in records], float)
-        last = self.first + 1e3 * np.array([sum(r.gaps_us) for r in records], float)
+        last = self.first + 1e3 * np.array([sum(r.gaps_us or ()) for r in records], float)
         self.sent = sent
         self._sent, self._first, self._last = np.sort(sent), np.sort(self.first), np.sort(last)
         prompt = np.array([(r.prompt_tok or r.want_prompt_tok or 0) if r.first_ns else 0
@@ -126,13 +140,14 @@ def quiet_gaps(legs: Sequence[SeenLeg]) -> Decode:
 
 
 def _gaps_of(leg: SeenLeg, most: int) -> list[tuple[float, float, float, float]]:
-    every = max(1, sum(len(r.gaps_us) for r in leg.records) // most)
+    every = max(1, sum(len(r.gaps_us or ()) for r in leg.records) // most)
     starts, gaps = [], []
     for r in leg.records:
-        us = np.array(r.gaps_us, float)
+        us = np.array(r.gaps_us or (), float)
         at = (r.first_ns or 0) + 1e3 * np.concatenate([[0.0], np.cumsum(us)])[:-1]
-        starts.append(at[::every])
-        gaps.append(us[::every] / 1e6)
+        one = np.array(r.event_tok[1:] if r.event_tok else np.ones(len(us))) == 1
+        starts.append(at[one][::every])  # events of several tokens tell of no step
+        gaps.append(us[one][::every] / 1e6)
     t, gap = np.concatenate(starts), np.concatenate(gaps)
     middle = t + gap * 0.5e9
     streams = leg.streams(middle)
