@@ -200,6 +200,13 @@ def test_a_clock_that_drifts_is_seen_beyond_its_error() -> None:
     assert clock.drift_ns(offset.ahead_ns) <= 900_000
 
 
+def test_a_slow_ping_is_no_drift() -> None:
+    clock = Clock()
+    clock.add(Ping(0, 900_000, 900_000, 1_000_000))  # nearly all of it on the way there
+    clock.add(Ping(0, 50, 50, 100))
+    assert clock.drift_ns(0) == 0
+
+
 # ----------------------------------------------------------------------------------------- ledger
 
 
@@ -286,6 +293,13 @@ def test_of_a_closed_loop_what_lies_before_the_last_one_known_is_missing() -> No
     found = entries(leg, records, ["a", "b"])
     assert [e.missing for e in found] == [[(6, 6)], []]
     assert entries(leg, [], ["a", "b"])[0].planned == 0
+
+
+def test_of_a_closed_loop_what_was_under_way_at_its_end_is_nobody_s_fault() -> None:
+    """The load is held beyond the window, and cancelled in any order."""
+    leg = leg_of(Closed(concurrency=4))
+    records = [record(k, 0, s) for k, s in ((0, 1), (1, 2), (2, 3), (4, 10.5), (9, 11.0))]
+    assert entries(leg, records, ["a"])[0].is_exact
 
 
 def test_a_shard_without_a_slot_misses_nothing() -> None:
@@ -555,6 +569,7 @@ def test_a_quantile_of_counts_is_that_of_the_values_to_two_percent(q: float) -> 
     assert found is not None
     assert abs(found / true - 1) < 0.021
     assert tallies.quantile_s({5: 3}, 0.9) is None
+    assert tallies.quantile_s({100: 5, 200: 5}, 0.5) == round(tallies.middle_s(100), 6)
 
 
 def test_what_we_cancelled_is_no_request_and_errors_keep_the_last_words() -> None:
