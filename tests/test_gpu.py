@@ -39,16 +39,16 @@ def named(values: list[nvml.Value], name: str) -> list[float]:
 
 
 def test_a_recorded_gpu_tells_memory_utilisation_clocks_power_heat_and_why_it_is_slow() -> None:
-    _, values = sampled(Nvml(), n=4)
-    assert named(values, "memory_used_bytes")[-1] == pytest.approx(126.3 * GIB)
-    assert named(values, "util_frac") == [0.0, 0.0, 0.97, 0.99]
-    assert named(values, "power_w")[-1] == 689.9
-    assert named(values, "sm_clock_mhz")[-1] == 1755
+    _, values = sampled(Nvml(), n=12)  # the load began with the sixth sample
+    assert named(values, "memory_used_bytes")[-1] == pytest.approx(2.213 * GIB, rel=1e-3)
+    assert named(values, "util_frac") == [0.01, *[0.0] * 5, *[1.0] * 6]
+    assert named(values, "power_w")[-3:] == [707.167, 693.267, 693.007]
+    assert named(values, "sm_clock_mhz")[4:8] == [1980, 1980, 1470, 1470]
     assert named(values, "memory_clock_mhz")[-1] == 3201
-    assert named(values, "temperature_c")[-1] == 55
-    assert named(values, "throttle_bits") == [1, 0, 0, 4]
+    assert named(values, "temperature_c")[-1] == 63
+    assert named(values, "throttle_bits") == [*[0] * 6, *[4] * 6]  # its power cap
     [per_pid] = {v[2]["pid"] for v in values if v[0] == "process_memory_bytes"}
-    assert per_pid == "4242"
+    assert per_pid == "440"
 
 
 def test_what_changes_slowly_is_asked_once_a_second() -> None:
@@ -111,8 +111,8 @@ def test_only_gpus_that_cuda_shows_are_watched(visible: str | None, watched: lis
 def test_older_libraries_have_other_names_or_lack_some() -> None:
     lib = Nvml(broken={"nvmlDeviceGetCurrentClocksEventReasons": -1,
                        "nvmlDeviceGetTemperature": -1})
-    watched, values = sampled(lib)
-    assert named(values, "throttle_bits") == [1, 0, 0]
+    watched, values = sampled(lib, n=8)
+    assert named(values, "throttle_bits") == [0, 0, 0, 0, 0, 0, 4, 4]
     assert watched.says == [
         "GPU 0 (NVIDIA H200) does not tell: temperature (not known to this nvidia-ml-py)"]
 
@@ -122,6 +122,9 @@ class Divided(Nvml):
 
     def nvmlDeviceGetMigMode(self, handle: Any) -> list[int]:
         return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: Any) -> int:
+        return 7
 
     def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Any, i: int) -> Any:
         if i in (1, 3):
@@ -166,7 +169,7 @@ def test_a_process_of_its_own_samples_several_times_a_second() -> None:
     used = [r for r in rows if r.name == "memory_used_bytes"]
     assert says == []
     assert rows[0].name == "info"
-    assert (rows[0].labels["name"], rows[0].labels["driver"]) == ("NVIDIA H200", "580.00")
+    assert (rows[0].labels["name"], rows[0].labels["driver"]) == ("NVIDIA H200", "580.159.04")
     assert 4 <= len(used) <= 16
     assert all(b.t_ns > a.t_ns for a, b in itertools.pairwise(used))
     assert abs(used[-1].t_ns - time.monotonic_ns()) < 3 * S  # the same clock as the records'
