@@ -64,6 +64,7 @@ class Run(Struct, frozen=True, eq=False):
     gaps: dict[str, Gaps]  # leg → event gaps of its sample, pooled
     peaks: list[Peak]  # of the generator, in the order of `legs`
     gpus: list[GpuSigns]  # likewise
+    states: list[Row]  # of the server, as they changed
     gpu_loaded_bytes: float | None  # memory after load: when the server was ready
 
     def sample(self, *legs: str) -> pd.DataFrame:
@@ -101,7 +102,8 @@ def load(path: Path, slo: Slo | None = None) -> Run:
     legs = _with_windows(folder.legs(), where)
     told = list(folder.rows())
     telemetry, cards = _telemetry(told), gpus(told)
-    ready_ns = next((r.t_ns for r in told if (r.source, r.name) == ("state", "READY")), None)
+    states = sorted((r for r in told if r.source == "state"), key=lambda r: r.t_ns)
+    ready_ns = next((r.t_ns for r in states if r.name == "READY"), None)
     signs = [signs_of(window, telemetry.get("server", {})) for _, window in legs]
     t0_ns = min((w.t0_ns for _, w in legs if w.t0_ns), default=0)
     found = journals.all_judged([
@@ -111,7 +113,7 @@ def load(path: Path, slo: Slo | None = None) -> Run:
                [x.judgement for x in found], signs, telemetry, t0_ns,
                folder.torn + sum(x.torn for x in found),
                {leg.id: x.gaps for (leg, _), x in zip(legs, found, strict=True)},
-               [x.peak for x in found], [gpu_signs_of(window, cards) for _, window in legs],
+               [x.peak for x in found], [gpu_signs_of(window, cards) for _, window in legs], states,
                loaded_bytes(cards, ready_ns))
 
 

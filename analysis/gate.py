@@ -170,12 +170,13 @@ def exit_code(run: Run, stop: str | None = None) -> int:
     endings = [window.ending for _, window in run.legs]
     if stop == "interrupted" or (stop is None and endings[-1:] == ["interrupted"]):
         return INTERRUPTED
-    if not run.judgements:
+    searched = [j for j in run.judgements if not j.leg.startswith("unit-")]
+    if not searched:
         return INVALID
     if run.is_run:
         codes = {_leg_code(j) for j in run.judgements}
         return next(c for c in PRECEDENCE if c in codes)
-    last, answer = run.judgements[-1], run.conclusion
+    last, answer = searched[-1], run.conclusion
     if stop == "failed" or endings[-1:] == ["failed"]:
         return INVALID
     if answer.safe is not None:

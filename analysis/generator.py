@@ -20,9 +20,11 @@ def cpu_frac(run: Run) -> float | None:
 
 
 def sentence(run: Run) -> str | None:
-    """None: nothing was sent, or by Locust, for whose users no calibration holds."""
+    """None: nothing was sent, or in virtual time, or by Locust, for whose users no calibration
+    holds."""
     found = peak(run)
-    if not found.starts_per_s or run.manifest.command[:1] == ["locust"]:
+    if not found.starts_per_s or run.manifest.command[:1] == ["locust"] or (
+            run.manifest.server.get("virtual_time")):
         return None
     return headroom.says(found, run.manifest.calibration, cpu_frac(run), CPU_SUSPECT)
 

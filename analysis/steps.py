@@ -48,7 +48,10 @@ def _leg_row(run: Run, i: int) -> dict[str, object]:
         "misses": ", ".join(f"{k} {n}" for k, n in sorted(j.misses.items())),
         "running_mean": signs.running_mean, "waiting_mean": signs.waiting_mean,
         "kv_max_frac": signs.kv_max, "preemptions": signs.preemptions,
-        "prefix_hit_frac": signs.prefix_hit_frac, **_gpu(run.gpus[i]),
+        "prefix_hit_frac": signs.prefix_hit_frac, "queue_mean_s": signs.queue_s,
+        "prefill_mean_s": signs.prefill_s, "decode_mean_s": signs.decode_s,
+        "scrape_mean_s": signs.scrape_s, **_gpu(run.gpus[i]),
+        **_process(run, window),
         **_generator(window, j),
         "measurement": j.measurement, "load": j.load, "reasons": "; ".join(j.reasons)}
 
@@ -129,6 +132,15 @@ def _gpu(gpu: GpuSigns) -> dict[str, object]:
             "gpu_power_w": gpu.power_w, "gpu_sm_clock_mhz": gpu.sm_clock_mhz,
             "gpu_temperature_max_c": gpu.temperature_max_c, "gpu_slowed_frac": gpu.slowed_frac,
             "gpu_slowed_by": ", ".join(gpu.slowed_by)}
+
+
+def _process(run: Run, window: Window) -> dict[str, object]:
+    """Of the server's processes: memory at most, and cores over the measured window."""
+    told = run.telemetry.get("process", {})
+    rss = [v for t, v in told.get("rss_bytes", ()) if window.t0_ns <= t <= window.end_ns]
+    cores = [v for t, v in told.get("cpu_cores", ()) if window.from_ns <= t < window.to_ns]
+    return {"server_rss_gib": max(rss) / GIB if rss else None,
+            "server_cpu_cores": float(np.mean(cores)) if cores else None}
 
 
 def _generator(window: Window, j: Judgement) -> dict[str, object]:

@@ -10,7 +10,18 @@ from typing import Any
 
 import msgspec
 
-from analysis import ci, frame, gate, generator, gpus, journals, knee, otherwise, words
+from analysis import (
+    ci,
+    deaths,
+    frame,
+    gate,
+    generator,
+    gpus,
+    journals,
+    knee,
+    otherwise,
+    words,
+)
 from analysis.frame import Run
 from loadgen.scenario import Slo
 
@@ -65,7 +76,8 @@ def summarise(run: Run) -> dict[str, Any]:
                     for j in run.judgements},
         "findings": [{"leg": j.leg, **msgspec.to_builtins(f)}
                      for j in run.judgements for f in j.findings],
-        "otherwise": msgspec.to_builtins(otherwise.of(run)), "gpu": gpus.figures(run),
+        "otherwise": msgspec.to_builtins(otherwise.of(run)),
+        "server": deaths.figures(run), "gpu": gpus.figures(run),
         "generator": generator.figures(run), "torn_lines": run.torn})
     return found
 

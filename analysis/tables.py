@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import charts, gpus, otherwise, phrases, steps
+from analysis import charts, deaths, gpus, otherwise, phrases, steps
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from analysis.words import Answer
@@ -16,7 +16,7 @@ from loadgen import metrics
 VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
 FIRST = 11  # columns of steps.HEADS that fit a page together
 MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemptions", "prefix hits",
-        "GPU GiB", "GPU busy")
+        "queue / prefill / decode", "GPU GiB", "GPU busy", "server GiB", "server cores")
 GENERATOR = ("leg", "sent late, p99", "loop lag, p99", "CPU", "waited for a core", "dropped",
              "stood still", "GC", "descriptors")
 GPU = ("leg", "GiB at start", "GiB peak", "over after load", "of GiB", "busy", "power", "SM clock",
@@ -41,6 +41,12 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
     yield _table(("leg", *steps.HEADS[FIRST:], *MORE), (
         [own[0], *own[FIRST:], *_more(r)] for own, r in zip(cells, rows, strict=True)))
     yield _table(("leg", "why"), ([r["leg"], r["reasons"].ljust(41)] for r in rows))
+    if run.states:
+        yield "<h2>The server’s states</h2>"
+        yield f'<p class="muted">{escape(deaths.sentence(run) or "It did not die.")}</p>'
+        yield _table(("at", "leg", "state", "evidence"), (
+            [duration(s["t_s"]), s["leg"] or "–", s["state"], (s["why"] or "").ljust(41)]
+            for s in deaths.states(run) if s["why"] or s["state"] == "STARTING"))
     if any(gpu.n for gpu in run.gpus):
         yield "<h2>The server’s GPUs</h2>"
         yield f'<p class="muted">{escape(gpus.sentence(run) or "")} {GPU_NOTE}</p>'
@@ -96,13 +102,16 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _more(r: Mapping[Any, Any]) -> list[str]:
     return [number(r["prompt_tok_s"], ".0f"), duration(r["ttft_max_s"]), duration(r["itl_p99_s"]),
             number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
-            percent(r["prefix_hit_frac"]), number(r["gpu_memory_peak_gib"], ".1f"),
-            percent(r["gpu_util_frac"])]
+            percent(r["prefix_hit_frac"]), " / ".join(
+                duration(r[f"{x}_mean_s"]) for x in ("queue", "prefill", "decode")),
+            number(r["gpu_memory_peak_gib"], ".1f"),
+            percent(r["gpu_util_frac"]), number(r["server_rss_gib"]),
+            number(r["server_cpu_cores"], ".2f")]
 
 
 def _gpu(run: Run, r: Mapping[Any, Any]) -> list[str]:
-    loaded = run.gpu_loaded_bytes
-    more = None if loaded is None else r["gpu_memory_peak_gib"] - loaded / steps.GIB
+    loaded, peak = run.gpu_loaded_bytes, r["gpu_memory_peak_gib"]
+    more = None if loaded is None or peak is None else peak - loaded / steps.GIB
     held = percent(r["gpu_slowed_frac"])
     if r["gpu_slowed_by"]:
         held += f": {r['gpu_slowed_by']}"

@@ -10,20 +10,16 @@ It ends with its stdin, and dies with its parent.
 
 import asyncio
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
-from loadgen import calibrate, scenario
+from loadgen import calibrate, child, scenario
 from loadgen.errors import LoadgenError, ServerError
-from loadgen.net import new_loop
 from loadgen.prompts import Ratio
 from loadgen.scenario import Scenario
-from loadgen.shard import die_with_parent
 from loadgen.store import RunFolder
 from loadgen.target import Target
 from loadgen.telemetry import gpu
@@ -97,21 +93,16 @@ _decode_ask = msgspec.json.Decoder(Ask).decode
 _encode = msgspec.json.Encoder().encode
 
 
-async def _main() -> None:
-    lines = asyncio.StreamReader(limit=2**26)
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+async def _main(lines: asyncio.StreamReader) -> None:
     setup = msgspec.json.decode(await lines.readline(), type=Setup)
-    die_with_parent(setup.parent_pid)
+    child.die_with_parent(setup.parent_pid)
     attendant = _Attendant(setup)
     while line := await lines.readline():
         os.write(1, _encode(await attendant.answer(_decode_ask(line))) + b"\n")
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to translate
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_main())
+    child.run(_main)
 
 
 if __name__ == "__main__":

@@ -83,14 +83,19 @@ def main() -> None:
 @click.option("--budget", callback=duration, metavar="10m", default=DEFAULT_BUDGET,
               show_default=True,
               help="Time the whole search may take.")
+@click.option("--restart/--no-restart", default=True, show_default=True,
+              help="Start a server of ours again when a level has killed it.")
+@click.option("--unit-step", is_flag=True, help="Then find the largest concurrency that the server "
+              "survives, to the unit: by bisection, with a restart after each death, beyond the "
+              "budget.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN",
               help="Go on with a search that was stopped: load, scenario, seed and server are the "
               "folder's. Beside it only --api-key, --header, --proxy and --no-report may stand.")
 @target_options
 @click.pass_obj
 def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | None,
-          max_rate: float | None, levels: str | None, budget: Seconds, resume: Path | None,
-          **options: Any) -> None:
+          max_rate: float | None, levels: str | None, budget: Seconds, restart: bool,
+          unit_step: bool, resume: Path | None, **options: Any) -> None:
     """How much load is safe? Climbs a ladder of levels, then proves the highest good one.
 
     \b
@@ -107,6 +112,9 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     if (max_concurrency is None) == (max_rate is None):
         raise click.UsageError("give --max-concurrency N or --max-rate R")
     axis: Literal["concurrency", "rate"] = "rate" if max_rate else "concurrency"
+    if unit_step and (axis == "rate" or options["virtual"]):
+        raise click.UsageError("--unit-step counts concurrent requests of a server that can die: "
+                               "give --max-concurrency, and no --virtual")
     ladder = levels_of(levels, float(max_concurrency or max_rate or 0), axis)
 
     def search(session: Any, view: Any) -> Any:
@@ -114,8 +122,8 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
 
         return runner.run_sweep(session, SweepPlan(
             axis=axis, levels=ladder, budget_s=float(budget), seed=session.seed,
-            criteria=session.criteria, can_restart=session.server.facts()["kind"] != "remote"),
-            view)
+            criteria=session.criteria,
+            can_restart=restart and session.server.facts()["kind"] != "remote"), view, unit_step)
 
     _measure(name, server_options, options, search, budget, (ladder[-1], axis))
 
@@ -456,7 +464,8 @@ def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -
         headers=headers_of(options), processes=before.manifest.processes,
         command=before.manifest.command[1:], patience_s=options["start_timeout"],
         gpus=options["gpus"])
-    result = runner.run_sweep(session, before.plan, View(Console(), before.plan.budget_s), before)
+    result = runner.run_sweep(session, before.plan, View(Console(), before.plan.budget_s),
+                              options["unit_step"], before)
     raise SystemExit(_conclude(folder, None, given["report"], result))
 
 
@@ -468,7 +477,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     """Writes summary and report, says the verdict, gives the exit code."""
     from rich.console import Console  # noqa: PLC0415
 
-    from analysis import gpus, summary, words  # noqa: PLC0415
+    from analysis import deaths, gpus, summary, words  # noqa: PLC0415
 
     try:
         finished = summary.finish(folder, slo, report=html)
@@ -480,8 +489,9 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
-    if said := gpus.sentence(finished):
-        console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
+    for said in (deaths.sentence(finished), gpus.sentence(finished)):
+        if said:
+            console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:
         console.print(f"Stopped: {result.says}", style="dim", soft_wrap=not console.is_terminal,
                       highlight=False)

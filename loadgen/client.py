@@ -109,6 +109,16 @@ class Client:
         self._counted_ns = now
         return self._flown_ns
 
+    def came(self) -> tuple[int, int]:
+        """Of what is in flight: answers that have begun, and what has come of them, in bytes of
+        stamps and in events; for whoever looks whether anything comes."""
+        begun = came = 0
+        for flight in self._flights:
+            n = flight.came
+            begun += n > 0
+            came += n
+        return begun, came
+
     # ------------------------------------------------------------------------- for its flights
 
     def take(self) -> Connection | None:

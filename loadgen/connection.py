@@ -15,7 +15,8 @@ from loadgen.net import now_ns
 
 _INFORMATIONAL = range(100, 200)
 _MUCH = 32768  # bytes of a stream that pile up before somebody should look at them
-_LAST = (b"[DONE]\n\n\r\n", b"[DONE]\n\n")  # not the end: some servers keep the body open
+DONE = (b"[DONE]\n\n", b"[DONE]\r\n\r\n")  # not the end: some servers keep the body open
+_LAST = (b"[DONE]\n\n\r\n", b"[DONE]\r\n\r\n\r\n", *DONE)  # as a chunk, too
 _USUAL = b"}\n\n\r\n"  # how a read in the middle of a stream ends; no body, no [DONE] ends so
 
 
@@ -149,12 +150,18 @@ class Connection:
             self._kept_stamps += ancillary[0][2]
             self._size += len(data)
             if self._size > _MUCH and self._sink is not None:
+                self._tally.full_reads += len(data) == READ_BYTES  # which is more than _MUCH
                 self._size = 0
                 self._sink.more()
         elif self.catch_up():
             self._take(data, ancillary)
         elif self.open:  # the answer had ended: nobody asked for this
             self._closed(None)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of stamps of reads that are not parsed yet."""
+        return len(self._kept_stamps)
 
     def catch_up(self) -> bool:
         """Parses what was kept. False: it was no HTTP, and the sink has heard so."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from loadgen import net, stamps
-from loadgen.connection import Connection, Tally
+from loadgen.connection import DONE, Connection, Tally
 from loadgen.deadline import LINGER_S, OUR_LIMITS, STALE_NS, Deadline
 from loadgen.net import now_ns
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
@@ -94,6 +94,12 @@ class Flight:
             raise self.bug
         assert self.record is not None
         return self.record
+
+    @property
+    def came(self) -> int:
+        """Grows with each read of the answer's body."""
+        kept = 0 if self._connection is None else self._connection.kept
+        return kept + len(self.stamps) + self.recorder.n_events
 
     def cancel(self) -> None:
         """Its record is there when this returns."""
@@ -188,7 +194,7 @@ class Flight:
                 self._linger()
 
     def _says_done(self) -> bool:
-        return bool(self.parts) and self.parts[-1].endswith(b"[DONE]\n\n")
+        return bool(self.parts) and self.parts[-1].endswith(DONE)
 
     def _wait(self) -> None:
         """Until the deadline; looked at in between, as a first token brings one that is nearer."""

@@ -33,6 +33,10 @@ class ServerSigns(Struct, frozen=True):
     prefix_hit_frac: float | None = None
     running_mean: float | None = None
     waiting_mean: float | None = None
+    queue_s: float | None = None  # mean of the requests that ended in the window: waited …
+    prefill_s: float | None = None  # … until the first token …
+    decode_s: float | None = None  # … until the last
+    scrape_s: float | None = None  # that its /metrics took to answer, mean
     late_step_frac: float | None = None  # the simulator's own lag
     blind: bool = False  # it told before, and not in this window
     died: str | None = None
@@ -116,6 +120,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     books = balance.of(leg, window, sample, records, signs.counted)
     findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind,
                               books, headroom.beyond(records, criteria.calibration))
+    findings += validity.reuse(scenario, sample, signs.prefix_hit_frac, signs.preemptions)
     distress = _distress(signs, n)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()

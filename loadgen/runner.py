@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from loadgen import calibrate, facts, resume
+from loadgen import calibrate, facts, health, resume, unit
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
@@ -22,7 +22,7 @@ from loadgen.ramp import SweepPlan
 from loadgen.record import TROUBLE, RequestRecord
 from loadgen.resume import Clock, NextLeg, Replay, Stopped
 from loadgen.scenario import Scenario
-from loadgen.store import SCHEMA, Header, Journal, LegLine, Row, RunFolder
+from loadgen.store import SCHEMA, Header, Journal, LegLine, RunFolder
 from loadgen.supervise import Progress, Shards
 from loadgen.sweep import Executor, SweepResult, run_one, sweep
 from loadgen.target import Target
@@ -38,6 +38,7 @@ from servers.sim.launch import VirtualSim
 
 QUICK_S = 60.0  # a server that may take longer to start is seen to be waited for
 SERVER_LOG = "server.log"  # in the run folder
+BACK_OFF_S = (2.0, 10.0)  # before a server that did not come up is tried again
 
 
 class Session(Struct, frozen=True):
@@ -57,10 +58,11 @@ class Session(Struct, frozen=True):
 
 
 def run_sweep(session: Session, plan: SweepPlan, view: View,
-              before: Stopped | None = None) -> SweepResult:
+              unit_step: bool = False, before: Stopped | None = None) -> SweepResult:
     """Drives the search to its stop; everything is in the run folder when this returns. `before`:
     what of it was done already."""
-    if before is not None and (ended := _nothing_left(session, plan, before)) is not None:
+    if before is not None and not unit_step and (
+            ended := _nothing_left(session, plan, before)) is not None:
         view.say(f"{before.folder.path}: the search was over already")
         return ended
     if isinstance(session.server, VirtualSim):
@@ -70,7 +72,10 @@ def run_sweep(session: Session, plan: SweepPlan, view: View,
     async def body(executor: "_Executor") -> SweepResult:
         clock = Clock(executor.folder.legs_journal(), before)
         who = Replay(before, executor) if before is not None else executor
-        return await sweep(plan, session.scenario, who, view.judged, clock)
+        found = await sweep(plan, session.scenario, who, view.judged, clock)
+        if not unit_step or found.stop in ("interrupted", "failed"):
+            return found
+        return await unit.search(plan, found, session.scenario, who, view.judged)
     return _drive(_session(session, view, body, plan, before))
 
 
@@ -105,8 +110,8 @@ def _virtual(session: Session, server: VirtualSim, view: View,
         _goes_on(before, server.target, server.facts(), 0, 0)
     view.say(f"{session.scenario.name} → {server.target.model}, simulated in virtual time; records "
              f"in {folder.path}")
-    executor = _Kept(folder, VirtualExecutor(session.scenario, server.config, server.utilization),
-                     before)
+    executor = _Kept(folder, VirtualExecutor(
+        session.scenario, server.config, server.utilization, faults=server.faults), before)
 
     async def doing() -> SweepResult:
         with view:
@@ -196,12 +201,13 @@ async def _session(session: Session, view: View,
     async with AsyncExitStack() as stack:
         watcher = Watcher(view.say)
         stack.push_async_callback(watcher.close)
-        stack.push_async_callback(asyncio.to_thread, session.server.stop)
         launched = session.server.facts()["kind"] != "remote"
+        if launched:
+            stack.callback(watcher.stopped)
+        stack.push_async_callback(asyncio.to_thread, session.server.stop)
         if launched and _watches_gpus(session, here=True):
             watcher.begin_gpus()  # before it loads its model
-        target = await _ready(session, view)
-        watcher.keep([Row("state", time.monotonic_ns(), "READY", 1.0)])
+        target = await _ready(session, view, watcher)
         if not launched and _watches_gpus(session, gpu.is_here(target.base_url)):
             watcher.begin_gpus()
         ratios = (msgspec.convert(before.manifest.ratios, dict[str, Ratio]) if before is not None
@@ -257,15 +263,22 @@ class _Executor:
         self._watcher = watcher
         self._offsets = {x: x.stat().st_size for x in folder.path.glob("records-*.jsonl")}
         self._troubles = 0
+        self._dying: str | None = None  # the sign of its death, before that is over …
+        self._hung: str | None = None  # … or of a hang, in full
         self._restarting: asyncio.Task[Any] | None = None
         self._progress: Progress | None = None
 
     async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
         watcher = self._watcher
         watcher.forget_old()
-        self._troubles, self._progress = 0, None
-        await watcher.sample()
+        self._troubles, self._progress, self._dying, self._hung = 0, None, None, None
+        await watcher.cool_down()
         window = await self._shards.run(leg, self._died, self._show, lambda: watcher.spoiled)
+        if window.ending == "server_died":
+            log = self._session.out / SERVER_LOG
+            note = window.note or ""
+            self._view.say(self._target.scrub(
+                f"the server died at {leg.value:g}: {note}{death.says(log, note)}"))
         await watcher.sample()
         records = [r for r in self.folder.records(self._offsets) if r.leg == leg.id]
         return window, records, signs_of(window, series(watcher.rows, "server"))
@@ -274,8 +287,18 @@ class _Executor:
         self._view.say(f"restarting the server: {why}")
         self._restarting = asyncio.current_task()
         try:
-            await asyncio.to_thread(self._session.server.stop)
-            await _ready(self._session, self._view)
+            for again_s in (*BACK_OFF_S, None):
+                await asyncio.to_thread(self._session.server.stop)
+                try:
+                    await _ready(self._session, self._view, self._watcher)
+                except ServerError as e:
+                    if again_s is None:
+                        raise
+                    self._view.say(f"it did not come up; again in {again_s:g} s: "
+                                   f"{str(e).splitlines()[0]}")
+                    await asyncio.sleep(again_s)
+                else:
+                    return
         finally:
             self._restarting = None
 
@@ -288,36 +311,60 @@ class _Executor:
 
     def _show(self, progress: Progress) -> None:
         self._progress = progress
+        self._watcher.look(progress.inflight)
         self._view.progress(progress)
 
     async def _died(self) -> str | None:
-        """Why the server is dead. Its health is asked only after requests failed: a check during
-        the load would be load."""
+        """Why the server is dead. At the first sign the load ends; asked again after that, with
+        its state: its process had the time to end, too, and the log to say why."""
         server = self._session.server
-        if (why := server.alive()) is not None:
-            return why
-        seen = self._progress.outcomes if self._progress else {}
+        if self._dying is None:
+            self._dying = server.alive() or await self._sign_of_death()
+            return self._dying
+        if self._hung is not None:
+            return self._hung
+        ours = server.facts()["kind"] != "remote"
+        for _ in range(100 if ours else 0):  # vLLM's watchdog looks each 5 s; only the end of all
+            if server.alive() is not None:  # is the death
+                break
+            await asyncio.sleep(0.1)
+        return str(self._watcher.name(server.alive() or self._dying))
+
+    async def _sign_of_death(self) -> str | None:
+        """Of a server whose process runs, or that is not ours. Its health is asked only after
+        requests failed, or where nothing comes any more: a check during the load would be load."""
+        if (line := self._watcher.oom_line) is not None:
+            return f"its process runs on; log: {line}"
+        progress = self._progress
+        if progress is not None and health.suspicious(silence := health.Silence(
+                progress.streams, progress.inflight - progress.streams, progress.silent_s,
+                progress.usual_s)):
+            self._hung = str(self._watcher.dead(
+                health.hung(silence, await watch.answers(self._target))))
+            return self._hung
+        seen = progress.outcomes if progress else {}
         troubles = sum(seen.get(outcome, 0) for outcome in TROUBLE)
         if troubles == self._troubles:
             return None
         self._troubles = troubles
-        if (why := await watch.is_healthy(self._target)) is None:
-            return None
-        if server.facts()["kind"] == "remote":  # one bad answer may be a proxy's hiccup
-            await asyncio.sleep(1)
-            return await watch.is_healthy(self._target)
-        for _ in range(100):  # vLLM's watchdog looks each 5 s; only the end of all is the death
-            if (exited := server.alive()) is not None:
-                return exited
-            await asyncio.sleep(0.1)
+        why = await watch.is_healthy(self._target)
+        if why is not None and self._session.server.facts()["kind"] == "remote":
+            await asyncio.sleep(1)  # one bad answer may be a proxy's hiccup
+            why = await watch.is_healthy(self._target)
         return why
 
 
-async def _ready(session: Session, view: View) -> Target:
+async def _ready(session: Session, view: View, watcher: Watcher) -> Target:
     """Starts the server. The target with the session's own model and headers, once it has
     streamed an answer."""
     server, log = session.server, session.out / SERVER_LOG
     target = server.start()
+    ours = server.facts()["kind"] != "remote"
+    watcher.started(getattr(server, "pid", None), log, forgets=ours)
+
+    def alive() -> str | None:
+        why = server.alive()
+        return None if why is None else str(watcher.name(why))
     target = msgspec.structs.replace(target, headers={**target.headers, **session.headers})
     model = session.model or target.model or await calibrate.the_model(target)
     target = msgspec.structs.replace(target, model=model)
@@ -325,7 +372,8 @@ async def _ready(session: Session, view: View) -> Target:
     try:
         with (view.waiting(patience_s, lambda: death.last_line(log)) if patience_s > QUICK_S
               else nullcontext()):
-            await calibrate.wait_ready(target, session.scenario, server.alive, patience_s)
+            await calibrate.wait_ready(target, session.scenario, alive, patience_s)
     except ServerError as e:
         raise ServerError(target.scrub(f"{e}{death.says(log, str(e))}")) from e
+    watcher.ready()
     return target

@@ -9,26 +9,23 @@ It dies with its parent: by pdeathsig, at EOF of stdin, and when no lease came f
 """
 
 import asyncio
-import ctypes
 import gc
 import itertools
 import os
 import resource
-import signal
-import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, Never
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
-from loadgen import net, scenario
+from loadgen import child, net, scenario
 from loadgen.client import Client
 from loadgen.drive import LegRun, Work
 from loadgen.errors import GeneratorError, StoreError
 from loadgen.leg import Health, Leg
-from loadgen.net import new_loop, now_ns
+from loadgen.net import now_ns
 from loadgen.prompts import Ratio
 from loadgen.pulse import PROBE_S, Pulse
 from loadgen.store import SCHEMA, Header, Journal
@@ -70,6 +67,9 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     inflight: int = 0
     done: int = 0
     done_good: int = 0
+    streams: int = 0  # of those in flight: have begun
+    silent_s: float = 0.0  # since anything came on any of those in flight …
+    usual_s: float = 0.0  # … and the longest that was before, since the process began
     complete: bool = False  # the window is over and all that was due in it has ended
     sampled: int = 0  # ended requests that were due in the window …
     good: int = 0  # … and the good ones among them
@@ -78,6 +78,23 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     health: Health | None = None  # with `ended` only
     stopped_ns: int | None = None
     failed: str | None = None
+
+
+class Hush:
+    """How long nothing has come at all, as far as two looks a second can tell."""
+
+    def __init__(self) -> None:
+        self.usual_s = 0.0
+        self._seen: object = None
+        self._since_ns: int | None = None  # None: nothing is in flight
+
+    def look(self, now_ns: int, inflight: int, seen: object) -> float:
+        """`seen`: whatever changes when a byte comes or a request ends. s."""
+        if not inflight or self._since_ns is None or seen != self._seen:
+            if self._since_ns is not None:
+                self.usual_s = max(self.usual_s, (now_ns - self._since_ns) / 1e9)
+            self._since_ns, self._seen = (now_ns if inflight else None), seen
+        return 0.0 if self._since_ns is None else (now_ns - self._since_ns) / 1e9
 
 
 class Shard:
@@ -91,6 +108,7 @@ class Shard:
             checked, {c.name: checked.slo_of(c.name) for c in checked.classes}, setup.ratios,
             client, journal, setup.shard, setup.of, itertools.count())
         self.running: LegRun | None = None
+        self._hush = Hush()
         self.leased_ns = now_ns()
 
     def begin(self, leg: Leg, t0_ns: int) -> LegRun:
@@ -136,9 +154,12 @@ class Shard:
 
     def _frame(self, kind: Literal["progress", "ended"], run: LegRun) -> Frame:
         pulse, ended = self._pulse, kind == "ended"
+        streams, came = self.work.client.came()
+        silent_s = self._hush.look(now_ns(), self.work.client.inflight, (run.done, came))
         return Frame(kind=kind, leg=run.leg.id, t_ns=now_ns(), inflight=self.work.client.inflight,
                      done=run.done, done_good=run.done_good, complete=run.complete,
-                     sampled=run.sampled, good=run.good,
+                     sampled=run.sampled, good=run.good, streams=streams, silent_s=silent_s,
+                     usual_s=self._hush.usual_s,
                      outcomes=dict(run.outcomes), stalls=pulse.stalls,
                      health=self._health(run) if ended else None,
                      stopped_ns=run.stopped_ns,
@@ -174,23 +195,10 @@ def _tell(frame: Frame) -> None:
     os.write(1, _encode_frame(frame) + b"\n")
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """SIGKILL for this process when its parent ends (Linux), even by SIGKILL."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the call above
-        _gone()
-
-
 def raise_fd_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _gone() -> Never:
-    os._exit(70)
 
 
 async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
@@ -217,20 +225,15 @@ async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
             await asyncio.wait([leg], timeout=LEASE_S)
 
 
-async def _main() -> None:
-    lines = asyncio.StreamReader(limit=2**26)
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+async def _main(lines: asyncio.StreamReader) -> None:
     setup = msgspec.json.decode(await lines.readline(), type=Setup)
-    die_with_parent(setup.parent_pid)
+    child.die_with_parent(setup.parent_pid)
     raise_fd_limit()
     await _serve(setup, lines)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to translate
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_main())
+    child.run(_main)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ class Progress(Struct, frozen=True):
     good: int = 0
     outcomes: dict[str, int] = {}
     stopping: bool = False
+    streams: int = 0  # of those in flight: have begun
+    silent_s: float = 0.0  # since anything came on any of them …
+    usual_s: float = 0.0  # … and the longest that was before
 
 
 class _Process:
@@ -200,7 +203,9 @@ class Shards:
         if (why := self._broken()) is not None:
             return "failed", why
         if ending in (None, "done") and (why := await died()) is not None:
-            return "server_died", why
+            ending, note = "server_died", why
+        if ending == "server_died":  # what it died of may be known by now
+            return ending, await died() or note
         return ("interrupted", None) if self._interrupts else (ending or "done", note)
 
     async def _verdict(self, leg: Leg, progress: Progress, died: Callable[
@@ -231,7 +236,9 @@ class Shards:
             done=sum(f.done for f in frames), done_good=sum(f.done_good for f in frames),
             sampled=sum(f.sampled for f in frames),
             good=sum(f.good for f in frames), outcomes=outcomes,
-            stopping=self._interrupts > 0)
+            stopping=self._interrupts > 0, streams=sum(f.streams for f in frames),
+            silent_s=min((f.silent_s for f in frames if f.inflight), default=0.0),
+            usual_s=max((f.usual_s for f in frames), default=0.0))
 
     def _window(self, leg: Leg, t0_ns: int, ending: Ending, note: str | None) -> Window:
         """The sample's window: as planned, or to where the leg was stopped or ended."""

@@ -11,7 +11,7 @@ from loadgen.balance import Balance, Tally, lingered, own_lateness_s, stalls_ins
 from loadgen.headroom import Share, rounded
 from loadgen.leg import Health, Leg, Window
 from loadgen.record import Outcome, RequestRecord
-from loadgen.scenario import Closed
+from loadgen.scenario import Closed, Scenario
 
 Measurement = Literal["VALID", "SUSPECT", "INVALID"]
 
@@ -43,6 +43,10 @@ FOREIGN_SUSPECT = 0.02  # of our requests: others as many as this are seen in no
 FOREIGN_INVALID = 0.20  # … these are another load
 FOREIGN_N = 3  # a health check, a retry that we did not see
 TOKENS_OFF = 0.02  # what throughput and TPOT are known to, at best
+REUSED_SUSPECT = 0.05  # of the prompts' tokens, more than the scenario declares: a twentieth of …
+REUSED_INVALID = 0.10  # … a tenth of the prefill was not done, and TTFT and throughput flatter
+REUSED_TOK = 64  # a chat template's words, in whole blocks, are the same in every prompt
+REUSED_LITTLE = 0.5  # of what is declared: the cache is off, or too small for the load
 VOID_INVALID = 0.5  # a leg that lost half of its sample to host stalls is no measurement
 PROMPT_OFF = 0.15  # prompts this far from the wanted length are another load …
 PROMPT_OFF_TOK = 32  # … unless it is but a chat template's words
@@ -282,6 +286,33 @@ def _is_off(tally: Tally | None) -> bool:
 def _ours(tally: Tally) -> str:
     low, high = f"{tally.least:.0f}", f"{tally.most:.0f}"
     return low if low == high else f"{low} to {high}"
+
+
+def reuse(mix: Scenario, records: Sequence[RequestRecord], hit_frac: float | None,
+          preemptions: float | None) -> list[Finding]:
+    """What the server's prefix cache held of the prompts, against what the scenario declares they
+    share. Prompts of later turns hold the earlier ones, and a request that was preempted finds its
+    own again: then there is nothing to hold it against."""
+    sent = [r for r in records if r.first_ns is not None]
+    prompt_tok = sum(r.prompt_tok or r.want_prompt_tok or 0 for r in sent)
+    if hit_frac is None or not prompt_tok or preemptions or any(r.turn for r in sent):
+        return []
+    shared = {c.name: c.shared_prefix.tokens for c in mix.classes if c.shared_prefix}
+    declared = sum(shared.get(r.cls, 0) for r in sent) / prompt_tok
+    over = hit_frac - declared - REUSED_TOK * len(sent) / prompt_tok
+    if over > REUSED_SUSPECT:
+        return [Finding(
+            "prompts-reused", "INVALID" if over > REUSED_INVALID else "SUSPECT",
+            f"the server had {hit_frac:.0%} of the prompts' tokens in its prefix cache, where the "
+            f"scenario shares {declared:.0%}: they were sent to it before",
+            "another --seed than the last run's, or a server without prefix caching")]
+    if declared > REUSED_INVALID and hit_frac < REUSED_LITTLE * declared:
+        return [Finding(
+            "prefix-not-reused", "SUSPECT",
+            f"the server had {hit_frac:.0%} of the prompts' tokens in its prefix cache, where the "
+            f"scenario shares {declared:.0%}",
+            "switch prefix caching on; or its KV cache does not hold the prefixes at this load")]
+    return []
 
 
 def _tokens(records: Sequence[RequestRecord]) -> list[Finding]:

@@ -5,10 +5,14 @@ generator's limits or of the host is in its figures: they are simulated ones."""
 import gc
 import heapq
 import itertools
+import math
+import random
 import zlib
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import sub
 
 from loadgen import metrics, plan
 from loadgen.judge import ServerSigns
@@ -20,8 +24,11 @@ from loadgen.supervise import HEAD_START_S, is_lost
 from loadgen.telemetry.signs import series, signs_of
 from servers.sim.costs import BLOCK_TOK, GIB, used_gib
 from servers.sim.engine import Engine, EngineConfig, Request, Step
-from servers.sim.front import Front
+from servers.sim.errors import ENGINE_DEAD
+from servers.sim.faults import Fault, Faults
+from servers.sim.front import Front, Turn
 
+DEATHS = {"oom": "CUDA out of memory", "die": "a worker was killed"}
 START_S = 3.0  # what comes before the first leg: server, calibration, shards
 PAUSE_S = 0.1  # between legs
 DROP_PAUSE_S = 0.1  # before a slot goes on after a request that was refused at once
@@ -34,26 +41,37 @@ class _Flight:
     """A request on its way. `spans`: from which step to which (of all that were delivered) it had
     a token each; the last span is open."""
 
+    id: int
     record: RequestRecord
     planned: plan.Session
     spans: list[list[int]]
-    gone: bool = False
+    stall_at: int | None = None  # the token after which it hears no more …
+    silent: bool = False  # … and has come to
+
+
+def _tokens(flight: _Flight) -> int:
+    return sum(b - a for a, b in flight.spans)
 
 
 class VirtualExecutor:
     """Whoever `loadgen.sweep` asks for legs. `rows` and `records` of the leg that ran last are
-    left for whoever keeps them."""
+    left for whoever keeps them. `front`: another one than the constants give. `faults`: of the
+    kinds in `servers.sim.faults.IN_VIRTUAL_TIME`."""
 
-    def __init__(self, scenario: Scenario, config: EngineConfig, utilization: float = 0.92) -> None:
+    def __init__(self, scenario: Scenario, config: EngineConfig, utilization: float = 0.92,
+                 front: Front | None = None, faults: Sequence[Fault] = ()) -> None:
         self.now_s = START_S
         self.rows: list[Row] = []
         self._scenario, self._config, self._utilization = scenario, config, utilization
         self._slos = {c.name: scenario.slo_of(c.name) for c in scenario.classes}
-        self._engine, self._front = Engine(config), Front(config.machine.constants)
+        self._engine, self._front = Engine(config), front or Front(config.machine.constants)
         self._ids = itertools.count(1)
+        self._faults = Faults(faults, random.Random(config.seed), lambda: 0.0)
 
     async def restart(self, why: str) -> None:
-        raise AssertionError(why)  # a simulated engine without faults does not die
+        """A new engine, START_S later; the faults are those of before."""
+        self._engine, self._front = Engine(self._config), Front(self._config.machine.constants)
+        self.now_s += START_S
 
     async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
         collects = gc.isenabled()
@@ -67,7 +85,7 @@ class VirtualExecutor:
     def _run(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
         self.rows = []
         run = _LegRun(leg, self._scenario, self._slos, self._engine, self._front, self._ids,
-                      self.now_s + HEAD_START_S)
+                      self.now_s + HEAD_START_S, self._faults)
         self._sample(self.now_s + PAUSE_S / 2, 0.0)  # no instant of the leg before has two samples
         ran_s = 0.0  # of the engine's steps, since the last sample
         look_s = run.t0_s
@@ -104,11 +122,13 @@ class _LegRun:
     """One leg. Events are the arrivals (a heap of due instants) and the engine's steps."""
 
     def __init__(self, leg: Leg, scenario: Scenario, slos: dict[str, Slo], engine: Engine,
-                 front: Front, ids: Iterator[int], t0_s: float) -> None:
+                 front: Front, ids: Iterator[int], t0_s: float, faults: Faults) -> None:
         self.leg, self.t0_s, self.now_s = leg, t0_s, t0_s
         self.done: list[RequestRecord] = []
         self._scenario, self._slos, self._engine, self._front = scenario, slos, engine, front
-        self._ids = ids
+        self._ids, self._faults = ids, faults
+        self._alarms: list[tuple[float, int, Outcome]] = []  # (when, whom, what its client says)
+        self._note: str | None = None
         self._classes = {c.name: c for c in scenario.classes}
         self._patience_s = min(min(t.first_token_s, t.total_s) for t in (
             scenario.timeouts_of(name) for name in self._classes))
@@ -123,6 +143,7 @@ class _LegRun:
         self._order = itertools.count()
         self._ready: deque[tuple[float, Request]] = deque()  # that the front end has taken in
         self._flying: dict[int, _Flight] = {}
+        self._landing: deque[tuple[int, _Flight]] = deque()  # (last step, whose turn is to come)
         self._given: list[int] = []  # when each step's tokens were written, in µs …
         self._gaps: list[int] = []  # … and how long after those of the step before
         self._good = self._awaited = self._seq = 0
@@ -138,22 +159,30 @@ class _LegRun:
 
     def is_over(self) -> bool:
         """The window is over and all that was due in it has ended; or the plan has."""
-        if self._ending == "cut":
+        if self._ending != "done":
             return True
         if self._to_ns is None or not self._more:
-            return not self._flying and not self._due
+            return not (self._flying or self._due or self._landing)
         return self.now_s * NS >= self._to_ns and not self._awaited
 
     def advance(self, until_s: float) -> float:
         """Steps until then, or until the leg is over; the seconds that the GPU was busy."""
         busy_s = 0.0
         engine, due, ready = self._engine, self._due, self._ready
-        while self.now_s < until_s:
+        while self.now_s < until_s and self._ending == "done":
+            while self._alarms and self._alarms[0][0] <= self.now_s:
+                self._ring()
             while due and due[0][0] <= self.now_s:
                 self._send()
             while ready and ready[0][0] <= self.now_s:
                 engine.submit(ready.popleft()[1])
-            comes_s = min(due[0][0] if due else until_s, ready[0][0] if ready else until_s, until_s)
+            turn_s = self._front.next_s if self._landing else None
+            if turn_s is not None and turn_s <= self.now_s:
+                self._write(self._front.begin(self.now_s))
+                continue
+            comes_s = min(due[0][0] if due else until_s, ready[0][0] if ready else until_s,
+                          until_s if turn_s is None else turn_s,
+                          self._alarms[0][0] if self._alarms else until_s, until_s)
             if ends := engine.coast(self.now_s, comes_s):
                 busy_s += ends[-1] - self.now_s
                 self._coasted(ends, engine.running)
@@ -163,6 +192,9 @@ class _LegRun:
                 if not self._idle(until_s):
                     break
                 continue
+            if self._faults.all and (kind := self._faults.due(engine)) is not None:
+                self._die(kind)
+                break
             busy_s += step.duration_s
             self.now_s = step.end_s
             while due and due[0][0] <= self.now_s:  # these reach the front end before its tokens
@@ -177,6 +209,10 @@ class _LegRun:
         oldest = next(iter(self._flying.values()), None)  # they are in the order of sending
         if oldest is not None and self.now_s - oldest.record.due_ns / NS > self._patience_s:
             self._give_up()
+        for flight in self._flying.values() if self._faults.all else ():
+            if flight.stall_at is not None and flight.spans and not flight.silent and (
+                    len(self._given) - flight.spans[0][0] >= flight.stall_at):
+                self._fall_silent(flight, flight.stall_at)
         if is_lost(self.leg, len(self.done), self._good, self.now_s - self.t0_s):
             self._ending = "cut"
 
@@ -189,8 +225,33 @@ class _LegRun:
             elif age_s > limits.total_s:
                 self._drop(request_id, Outcome.TIMEOUT_TOTAL)
 
+    def _fall_silent(self, flight: _Flight, tokens: int) -> None:
+        """It hears no more than so many tokens; its client waits for a while."""
+        first = flight.spans[0][0]
+        flight.spans, flight.silent = [[first, first + tokens]], True
+        silent_s = self._given[first + tokens - 1] / 1e6
+        limit_s = self._scenario.timeouts_of(flight.record.cls).stall_s
+        heapq.heappush(self._alarms, (silent_s + limit_s, flight.id, Outcome.STALLED))
+
+    def _ring(self) -> None:
+        """A client leaves, by plan or as it heard nothing."""
+        due_s, request_id, outcome = heapq.heappop(self._alarms)
+        if (flight := self._flying.get(request_id)) is not None:
+            seen = bisect_right(self._given, due_s * 1e6)  # what comes later, it does not see
+            flight.spans = [[a, min(seen, b if b >= 0 else seen)] for a, b in flight.spans
+                            if a < seen]
+            self._drop(request_id, outcome, at_s=due_s)
+
+    def _die(self, kind: str) -> None:
+        """The engine is gone, and tells all."""
+        self._ending, self._note = "server_died", DEATHS[kind]
+        for request_id in list(self._flying):
+            self._flying[request_id].record.error = ENGINE_DEAD
+            self._drop(request_id, Outcome.SERVER_ERROR_EVENT, again=False)
+
     def close(self) -> Window:
         """Ends what is in flight."""
+        self._write(self._front.begin(math.inf))
         if self._given:  # what was made is seen, too
             self.now_s = max(self.now_s, self._given[-1] / 1e6 + 1e-6)
         end_ns = round(self.now_s * NS)
@@ -198,7 +259,7 @@ class _LegRun:
             self._drop(request_id, Outcome.CANCELLED, again=False)
         to_ns = end_ns if self._to_ns is None else min(self._to_ns, end_ns)
         return Window(self.leg.id, round(self.t0_s * NS), self._from_ns, max(self._from_ns, to_ns),
-                      end_ns, self._ending, records=len(self.done), alone=True)
+                      end_ns, self._ending, records=len(self.done), note=self._note, alone=True)
 
     # ---------------------------------------------------------------------------------- inside
 
@@ -214,7 +275,10 @@ class _LegRun:
 
     def _idle(self, until_s: float) -> bool:
         """Nothing to compute: on to what comes next. False: nothing will."""
-        comes = [q[0][0] for q in (self._due, self._ready) if q]
+        comes = [q[0][0] for q in (self._due, self._ready, self._alarms) if q]
+        if self._front.next_s is not None:
+            comes.append(self._front.next_s)
+            self._write(self._front.begin(self.now_s))
         if not comes and not self._flying:
             return False
         self.now_s = max(self.now_s, min([*comes, until_s]))
@@ -252,9 +316,14 @@ class _LegRun:
     def _submit(self, record: RequestRecord, session: plan.Session, due_s: float) -> None:
         what = session.turns[record.turn]
         request_id = next(self._ids)
-        self._flying[request_id] = _Flight(record, session, [])
+        self._flying[request_id] = _Flight(request_id, record, session, [])
         self._awaited += self._measures(record.due_ns)
         record.sent_ns, record.inflight = record.due_ns, len(self._flying)
+        if what.abandon_after_s is not None:
+            heapq.heappush(self._alarms, (due_s + what.abandon_after_s, request_id,
+                                          Outcome.ABANDONED))
+        if (fault := self._faults.draw()) is not None:
+            self._flying[request_id].stall_at = int(fault.at)
         sampling = self._classes[session.cls].sampling
         self._ready.append((self._front.take_in(due_s), Request(
             request_id, what.prompt_tok, what.output_tok, bool(sampling.ignore_eos),
@@ -277,38 +346,58 @@ class _LegRun:
     def _coasted(self, ends: list[float], events: int) -> None:
         """Steps in which nobody came and nobody went; but who comes in the last one is at the
         front end before its tokens."""
-        give_out, given, gaps = self._front.give_out, self._given, self._gaps
-        before_us = given[-1] if given else 0
-        self.now_s = last_s = ends[-1]
-        for end_s in ends:
-            if end_s is last_s:
-                while self._due and self._due[0][0] <= end_s:
-                    self._send()
-            given_us = round(give_out(end_s, events) * 1e6)
-            given.append(given_us)
-            gaps.append(given_us - before_us)
-            before_us = given_us
-        self._steps += len(ends)
+        front, given = self._front, self._given
+        self.now_s = last_s = ends.pop()
+        self._steps += len(ends) + 1
+        if written := front.steady(ends, events):
+            known_us = [round(written_s * 1e6) for written_s in written]
+            before_us = given[-1] if given else 0
+            self._gaps += map(sub, known_us, [before_us, *known_us])
+            given += known_us
+        else:
+            for end_s in ends:
+                self._write(front.give_out(end_s, events, 0))
+        while self._due and self._due[0][0] <= last_s:
+            self._send()
+        self._write(front.give_out(last_s, events, 0))
+
+    def _write(self, turns: list[Turn]) -> None:
+        """The front end's turns; who had its last token in one has ended."""
+        given, gaps, landing = self._given, self._gaps, self._landing
+        for written_s, steps in turns:
+            written_us = round(written_s * 1e6)
+            gaps.append(written_us - (given[-1] if given else 0))
+            given.append(written_us)
+            if steps > 1:
+                given += [written_us] * (steps - 1)
+                gaps += [0] * (steps - 1)
+            while landing and landing[0][0] < len(given):
+                flight = landing.popleft()[1]
+                if flight.stall_at is None or flight.stall_at > _tokens(flight):
+                    self._land(flight, written_s, Outcome.OK)
+                else:
+                    self._flying[flight.id] = flight
+                    self._fall_silent(flight, flight.stall_at)
 
     def _give(self, step: Step) -> None:
         """The front end writes a step's tokens; whoever has ended, ends then."""
         number, flying = self._steps, self._flying
         self._steps += 1
-        given_s = self._front.give_out(self.now_s, step.events)
-        given_us = round(given_s * 1e6)
-        self._gaps.append(given_us - (self._given[-1] if self._given else 0))
-        self._given.append(given_us)
         for request_id in step.begun:
-            if request_id in flying:
+            if request_id in flying and not flying[request_id].silent:
                 flying[request_id].spans.append([number, -1])
         for request_id in step.preempted:
-            if request_id in flying and flying[request_id].spans:
+            if request_id in flying and flying[request_id].spans and (
+                    not flying[request_id].silent):
                 flying[request_id].spans[-1][1] = number
         for request_id, reason in step.finished.items():
-            if (flight := flying.pop(request_id, None)) is not None:
+            flight = flying.get(request_id)
+            if flight is not None and not flight.silent:
+                del flying[request_id]
                 flight.record.finish_reason = reason
                 flight.spans[-1][1] = number + 1
-                self._land(flight, given_s, Outcome.OK)
+                self._landing.append((number, flight))
+        self._write(self._front.give_out(self.now_s, step.events, step.fresh))
 
     def _land(self, flight: _Flight, end_s: float, outcome: Outcome, again: bool = True) -> None:
         """The record; and what its session or slot does next."""
@@ -333,14 +422,17 @@ class _LegRun:
         (a, b), more = spans[0], spans[1:]
         if b < 0:
             b = len(given)
-        if interval == 1 and not more:
-            first_us, tokens, record.gaps_us = given[a], b - a, self._gaps[a + 1:b]
+        gaps = self._gaps[a + 1:b]
+        if interval == 1 and not more and 0 not in gaps:
+            first_us, tokens, record.gaps_us = given[a], b - a, gaps
         else:
             stamps = [t for a, b in spans for t in given[a:b if b >= 0 else len(given)]]
             tokens = len(stamps)
-            at = sorted({*range(0, tokens, interval), tokens - 1})
-            if interval > 1:
-                record.event_tok = [1, *(b - a for a, b in itertools.pairwise(at))]
+            told = sorted({*range(0, tokens, interval), tokens - 1})
+            # of those that are written at one time, the last one tells of all
+            at = [i for i, then in itertools.pairwise(told) if stamps[then] > stamps[i]]
+            at.append(tokens - 1)
+            record.event_tok = [b - a for a, b in itertools.pairwise([-1, *at])]
             stamps = [stamps[i] for i in at]
             first_us, record.gaps_us = stamps[0], [y - x for x, y in itertools.pairwise(stamps)]
         record.first_ns = record.first_visible_ns = record.headers_ns = first_us * 1000
@@ -348,12 +440,15 @@ class _LegRun:
         record.prompt_tok, record.status = record.want_prompt_tok, 200
         record.end_ns = max(record.end_ns, first_us * 1000 + 1000 * sum(record.gaps_us))
 
-    def _drop(self, request_id: int, outcome: Outcome, again: bool = True) -> None:
+    def _drop(self, request_id: int, outcome: Outcome, again: bool = True,
+              at_s: float | None = None) -> None:
         flight = self._flying.pop(request_id)
+        if flight.spans and flight.spans[0][0] >= len(self._given):
+            flight.spans.clear()  # its tokens were made, but not told
         self._engine.abort(request_id)
         if any(r.id == request_id for _, r in self._ready):
             self._ready = deque((t, r) for t, r in self._ready if r.id != request_id)
-        self._land(flight, self.now_s, outcome, again)
+        self._land(flight, self.now_s if at_s is None else at_s, outcome, again)
 
     def _measures(self, due_ns: int) -> bool:
         return due_ns >= self._from_ns and (self._to_ns is None or due_ns < self._to_ns)

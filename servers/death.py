@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 LONGEST = 300  # characters of a line that is shown
+SILENT = ("its engine ended without a word of its own, as one that is killed does: clients and API "
+          "server only saw an EngineDeadError")
 _TAIL_BYTES = 2**16
 
 _PREFIX = re.compile(  # "(Worker pid=12) ERROR 11-20 23:34:40 [multiproc_executor.py:1063] "
@@ -55,7 +57,11 @@ def cause(log: Sequence[str]) -> str | None:
         if found := _exception_after(lines, at):
             return found[:LONGEST]
     told = [x for x in lines if _REFUSED.match(x)] or [x for x in lines if _TOLD.match(x)]
-    return told[-1][:LONGEST] if told else _likely(log)
+    if told:
+        return told[-1][:LONGEST]
+    if any("EngineDeadError: " in x for x in lines):  # one that raises anything says so
+        return SILENT
+    return _likely(log)
 
 
 def context(log: Sequence[str], known: str = "", most: int = 8) -> list[str]:

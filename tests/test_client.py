@@ -170,6 +170,17 @@ def test_a_server_that_keeps_the_body_open_does_not_delay_the_end() -> None:
     assert now_ns() - before_ns < 8_000_000_000
 
 
+def test_a_body_that_is_kept_open_is_noticed_where_lines_end_with_crlf() -> None:
+    """As sse-starlette writes them."""
+    events = [b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":"stop"}]}',
+              b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}',
+              b"data: [DONE]"]
+    before_ns = now_ns()
+    r = answer([HEAD + b"".join(chunk(x + b"\r\n\r\n") for x in events), HOLD])
+    assert (r.outcome, r.n_events) == (Outcome.OK, 1)
+    assert now_ns() - before_ns < 8_000_000_000
+
+
 def test_a_body_that_is_kept_open_is_noticed_behind_any_backlog() -> None:
     """The whole answer is there before the client comes to set its deadline."""
     async def test() -> None:
@@ -184,6 +195,21 @@ def test_a_body_that_is_kept_open_is_noticed_behind_any_backlog() -> None:
             assert r.outcome is Outcome.OK
             assert now_ns() - before_ns < 8_000_000_000
             assert client.tally.lingered == 1
+    run(test())
+
+
+def test_full_reads_are_counted_also_where_they_end_with_an_event() -> None:
+    """As all do, if events have one length that divides a read's."""
+    one = token("x" * (256 - len(token(""))))
+    assert len(one) == 256
+
+    async def test() -> None:
+        script: Script = [HEAD + role(), 0.1, one * 4096, finish() + usage(4096) + DONE + LAST]
+        async with (RawServer(lambda _: script) as server,
+                    Client(Target(server.url, "m"), made()) as client):
+            r = await client.send(shot())
+            assert (r.outcome, r.n_events) == (Outcome.OK, 4096)
+            assert client.tally.full_reads > 0
     run(test())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from loadgen import health
 from servers import death, gpus, vllm_log
 
 LOGS = Path(__file__).parent / "data" / "vllm" / "logs"
@@ -31,6 +32,24 @@ def test_the_line_that_names_the_cause_is_found(name: str) -> None:
     assert said is not None
     assert said.startswith(CAUSES[name])
     assert len(said) <= death.LONGEST
+
+
+def test_an_engine_that_was_killed_says_nothing_and_that_is_said() -> None:
+    """As a real vLLM 0.32 whose EngineCore got a SIGKILL: no line of its own, and exit code 0."""
+    log = [*lines("start_0.32_cpu.log"),
+           "(APIServer pid=9) ERROR 11-21 19:50:01 [async_llm.py:906] AsyncLLM output_handler "
+           "failed.",
+           "(APIServer pid=9) ERROR 11-21 19:50:01 [async_llm.py:906] Traceback (most recent call "
+           "last):",
+           "(APIServer pid=9) ERROR 11-21 19:50:01 [async_llm.py:906] "
+           "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack "
+           "trace (above) for the root cause."]
+    assert death.cause(log) == death.SILENT
+    assert health.death(f"its process exited with code 0; log: {death.SILENT}", ready=True
+                        ).state == "KILLED"
+    told = "(APIServer pid=9) INFO 11-21 19:50:00 [x.py:1] [shutdown] API server: shutdown "
+    told += "triggered"
+    assert "shutdown triggered" in (death.cause([*log, told]) or "")  # a SIGTERM
 
 
 def test_a_server_that_runs_died_of_nothing() -> None:

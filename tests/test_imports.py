@@ -30,6 +30,7 @@ ALLOWED = {
     "judge": "balance headroom leg metrics record scenario validity",
     "ramp": "judge leg metrics scenario",
     "sweep": "errors judge leg ramp record scenario",
+    "unit": "errors judge leg ramp scenario sweep",
     "store": "errors headroom leg record scenario",
     "deadline": "record scenario",
     "pulse": "leg metrics",
@@ -38,14 +39,17 @@ ALLOWED = {
     "flight": "connection deadline net record scenario stamps target",
     "client": "connection dial flight net openai record scenario stamps target",
     "drive": "client flight leg metrics net openai plan prompts record scenario store",
-    "shard": "client drive errors leg net prompts pulse scenario store target",
+    "child": "net",
+    "shard": "child client drive errors leg net prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
     "telemetry.signs": "balance judge leg store",
     "calibrate": "client dial errors net openai plan prompts record scenario target",
-    "watch": "errors store target telemetry.gpu telemetry.server",
-    "attend": "calibrate errors net prompts scenario shard store target telemetry.gpu "
+    "health": "", "telemetry.log": "store", "telemetry.process": "store",
+    "watch": "errors health store target telemetry.gpu telemetry.log telemetry.process "
+             "telemetry.server telemetry.signs",
+    "attend": "calibrate child errors prompts scenario store target telemetry.gpu "
               "telemetry.server watch",
     "headroom": "record",
     "rungs": "headroom validity",
@@ -57,9 +61,9 @@ ALLOWED = {
     "facts": "judge prompts scenario store target",
     "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
-    "runner": "calibrate errors facts judge leg prompts ramp record resume scenario store "
-              "supervise sweep target telemetry.gpu telemetry.server telemetry.signs view virtual "
-              "watch",
+    "runner": "calibrate errors facts health judge leg prompts ramp record resume scenario store "
+              "supervise sweep unit "
+              "target telemetry.gpu telemetry.server telemetry.signs view virtual watch",
     "campaign": "errors scenario store target",
     "options": "dial errors scenario target",
     "cli": "options calibration campaign doctor errors judge leg ramp resume runner scenario "
@@ -69,7 +73,7 @@ ALLOWED = {
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
-                "scenario", "telemetry.signs", "errors", "headroom"}
+                "scenario", "telemetry.signs", "errors", "headroom", "unit"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",
@@ -77,7 +81,7 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "judge", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario",
-        "target", "telemetry.signs", "headroom", "rungs"}
+        "target", "telemetry.signs", "headroom", "rungs", "health"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

@@ -8,7 +8,7 @@ import pytest
 from loadgen.leg import Ending, Window
 from loadgen.store import Row
 from loadgen.target import Target
-from loadgen.telemetry.server import NAMES, gpu_rows_of, once, rows_of
+from loadgen.telemetry.server import MOST_BYTES, NAMES, gpu_rows_of, once, rows_of
 from loadgen.telemetry.signs import series, signs_of
 from servers.base import free_port
 from tests import captures
@@ -137,7 +137,7 @@ def test_only_a_dead_server_died(ending: Any) -> None:
 
 
 @pytest.mark.parametrize(("get", "names"), [
-    ([whole("200 OK", b"vllm:num_requests_running 3\n")], ["running"]),
+    ([whole("200 OK", b"vllm:num_requests_running 3\n")], ["running", "scrape_s"]),
     ([whole("404 Not Found", b"vllm:num_requests_running 3\n")], []), ([HOLD], []), ([FIN], []),
     ([b"no HTTP at all\n\n", FIN], []), ([whole("200 OK", b"\xff\x00{{{ 1 2 3\n")], [])])
 def test_one_sample_is_taken_and_a_server_that_hangs_holds_nobody_up(
@@ -160,7 +160,9 @@ def test_recorded_metrics_of_a_full_server_are_read() -> None:
     text = captures.load("73_metrics_small_kv_preempting").body.decode()
     found = {r.name: r for r in rows_of(text, 5)}
     assert set(found) == {"running", "waiting", "kv_frac", "preemptions", "prompt_tok",
-                          "output_tok", "finished", "prefix_queries", "prefix_hits"}
+                          "output_tok", "finished", "prefix_queries", "prefix_hits",
+                          *(f"{x}_s_{part}" for x in ("queue", "prefill", "decode")
+                            for part in ("sum", "count"))}
     assert {n: found[n].value for n in ("running", "waiting", "preemptions")} == {
         "running": 3.0, "waiting": 21.0, "preemptions": 0.0}
     assert found["running"].labels == {"engine": "0", "model_name": "tiny"}
@@ -197,3 +199,40 @@ def test_the_simulator_s_gpu_has_nvml_s_names() -> None:
         ("gpu", "memory_used_bytes", 7.0, {"index": "1"}),
         ("gpu", "memory_total_bytes", 9.0, {"index": "1"}), ("gpu", "util_frac", 0.5,
                                                              {"index": "1"})]
+
+
+@pytest.mark.parametrize(("text", "found"), [  # after their documentation, not recorded
+    ("sglang:num_running_reqs{model_name=\"m\"} 10.0\nsglang:num_queue_reqs{model_name=\"m\"} 4\n"
+     "sglang:token_usage{model_name=\"m\"} 0.28\n",
+     {"running": 10, "waiting": 4, "kv_frac": 0.28}),
+    ("tgi_batch_current_size 7\ntgi_queue_size 3\ntgi_request_queue_duration_sum 12\n"
+     "tgi_request_queue_duration_count 4\ntgi_request_queue_duration_bucket{le=\"1\"} 4\n",
+     {"running": 7, "waiting": 3, "queue_s_sum": 12, "queue_s_count": 4}),
+    ("llamacpp:requests_processing 2\nllamacpp:requests_deferred 1\n",
+     {"running": 2, "waiting": 1})])
+def test_other_servers_names_are_brought_to_ours(text: str, found: dict[str, float]) -> None:
+    assert {r.name: r.value for r in rows_of(text, 0)} == found
+
+
+def test_times_in_the_server_are_means_of_what_ended_in_the_window() -> None:
+    s = signs(rows("queue_s_sum", {9: 100, 21: 130}), rows("queue_s_count", {9: 50, 21: 60}),
+              rows("decode_s_sum", {9: 5, 21: 5}), rows("decode_s_count", {9: 5, 21: 5}))
+    assert (s.queue_s, s.prefill_s, s.decode_s) == (3.0, None, None)
+
+
+def test_an_answer_that_has_no_end_is_given_up() -> None:
+    huge = b"HTTP/1.1 200 OK\r\n\r\n" + b"# HELP x y\n" * (MOST_BYTES // 10)
+
+    async def test() -> list[Row]:
+        async with RawServer(lambda _: [HOLD], get=[huge, FIN]) as server:
+            return await asyncio.wait_for(once(Target(server.url, "m")), 15)
+    assert asyncio.run(test()) == []
+
+
+def test_a_sample_says_how_long_it_took() -> None:
+    async def test() -> list[Row]:
+        async with RawServer(lambda _: [HOLD], get=[
+                whole("200 OK", b"vllm:num_requests_running 3\n")]) as server:
+            return await asyncio.wait_for(once(Target(server.url, "m")), 15)
+    [took] = [r for r in asyncio.run(test()) if r.name == "scrape_s"]
+    assert 0 < took.value < 1

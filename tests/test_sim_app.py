@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ STREAM = {**HELLO, "stream": True, "stream_options": {"include_usage": True}}
 @contextlib.asynccontextmanager
 async def serving(**options: Any) -> AsyncIterator[tuple[Server, int]]:
     """A server of this process, and its port."""
-    config = EngineConfig(Machine(GPUS["4090d"], MODELS["qwen2.5-7b"]), 4000, 2048,
-                          **options.pop("engine", {}))
+    given = {"machine": Machine(GPUS["4090d"], MODELS["qwen2.5-7b"]), "num_blocks": 4000,
+             "max_model_len": 2048}
+    config = EngineConfig(**{**given, **options.pop("engine", {})})
     server = Server(Engine(config), ["tiny"], **{"speed": SPEED, **options})
     runner = server.runner()
     await runner.setup()
@@ -51,6 +52,12 @@ async def serving(**options: Any) -> AsyncIterator[tuple[Server, int]]:
     finally:
         server.abort_all()
         await runner.cleanup()
+
+
+def slow_front(token_s: float) -> Machine:
+    machine = Machine(GPUS["4090d"], MODELS["qwen2.5-7b"])
+    return replace(machine, constants=replace(machine.constants, front_token_s=token_s,
+                                              front_merged_s=1e-3))
 
 
 @dataclass
@@ -348,6 +355,52 @@ def test_an_answers_text_has_as_many_tokens_as_usage_says() -> None:
         async with serving() as (_, port):
             answer = (await chat(port, {**HELLO, "max_tokens": 200})).json()
             assert len(text.pieces(answer["choices"][0]["message"]["content"])) == 200
+    run(test())
+
+
+@pytest.mark.parametrize("more", [{}, {"return_token_ids": True}, {"logprobs": True}])
+def test_a_front_end_that_lags_tells_a_streams_waiting_tokens_in_one_event(
+        more: dict[str, bool]) -> None:
+    async def test() -> None:
+        async with serving(engine={"machine": slow_front(0.4)}) as (_, port):
+            reply = await chat(port, {**STREAM, "max_tokens": 30, **more})
+        role, *told, usage = [e for e in reply.events() if isinstance(e, dict)]
+        choices = [e["choices"][0] for e in told]
+        assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert usage["usage"]["completion_tokens"] == 30
+        assert len(text.pieces("".join(c["delta"]["content"] for c in choices))) == 30
+        assert 1 < len(choices) < 25
+        for c in choices:
+            n = len(text.pieces(c["delta"]["content"]))
+            assert len(c["token_ids"] or [0] * n) == n
+            assert len((c["logprobs"] or {"content": [0] * n})["content"]) == n
+    run(test())
+
+
+def test_a_stream_interval_makes_an_event_of_so_many_tokens() -> None:
+    async def test() -> None:
+        async with serving(engine={"stream_interval": 4}) as (_, port):
+            reply = await ask(port, "/v1/completions", {
+                "model": "tiny", "prompt": "x", "stream": True, "max_tokens": 10,
+                "ignore_eos": True, "return_token_ids": True})
+        choices = [e["choices"][0] for e in reply.events() if isinstance(e, dict)]
+        assert [len(c["token_ids"]) for c in choices] == [1, 4, 4, 1]
+        assert [c["prompt_token_ids"] is None for c in choices] == [False, True, True, True]
+    run(test())
+
+
+def test_the_next_turn_of_a_conversation_finds_the_answer_before_it_in_the_cache() -> None:
+    async def test() -> None:
+        async with serving() as (_, port):
+            first = (await chat(port, {**HELLO, "max_tokens": 200})).json()
+            cached = (await metrics(port))["vllm:prefix_cache_hits_total"]
+            said = first["choices"][0]["message"]["content"]
+            await chat(port, {**HELLO, "messages": [
+                {"role": "user", "content": "Hello"}, {"role": "assistant", "content": said},
+                {"role": "user", "content": "And then?"}]})
+            hits = (await metrics(port))["vllm:prefix_cache_hits_total"] - cached
+        known = first["usage"]["total_tokens"] - 1
+        assert hits == known // 16 * 16
     run(test())
 
 

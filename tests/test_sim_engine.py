@@ -21,7 +21,7 @@ from servers.sim.costs import (
     kv_blocks,
 )
 from servers.sim.engine import Engine, EngineConfig, Request, Step
-from servers.sim.front import Front
+from servers.sim.front import Front, Turn
 from servers.sim.profiles import Constants, Gpu, Model
 
 
@@ -38,7 +38,7 @@ SMALL = EngineConfig(machine(), num_blocks=64, max_model_len=512, max_num_seqs=1
 
 def request(i: int, prompt_tok: int = 100, output_tok: int = 50,
             blocks: tuple[int, ...] = ()) -> Request:
-    return Request(i, prompt_tok, output_tok, ignore_eos=True, prompt_blocks=blocks)
+    return Request(i, prompt_tok, output_tok, ignore_eos=True, blocks=blocks)
 
 
 def run(engine: Engine, limit: int = 100_000) -> list[Step]:
@@ -226,24 +226,67 @@ def test_fewer_tokens_a_step_than_sequences_are_refused_as_vllm_does() -> None:
 # ------------------------------------------------------------------------------------- front end
 
 
+def near(turns: list[Turn], *expected: tuple[float, int]) -> bool:
+    return ([t.steps for t in turns] == [steps for _, steps in expected]
+            and [t.written_s for t in turns] == pytest.approx([s for s, _ in expected]))
+
+
 def test_a_slow_front_end_lets_tokens_wait_for_those_before_them() -> None:
     front = Front(replace(machine().constants, front_token_s=1e-3, front_request_s=0.0))
-    assert front.give_out(1.0, 100) == pytest.approx(1.1)
-    assert front.give_out(1.05, 100) == pytest.approx(1.2)
-    assert front.give_out(5.0, 1) == pytest.approx(5.001)
-    assert front.give_out(6.0, 0) == 6.0
+    assert near(front.give_out(1.0, 100, 0), (1.1, 1))
+    assert front.give_out(1.05, 100, 0) == []
+    assert front.next_s == pytest.approx(1.1)
+    assert front.begin(1.09) == []
+    assert near(front.begin(1.11), (1.2, 1))
+    assert front.next_s is None
+    assert near(front.give_out(5.0, 1, 0), (5.001, 1))
+    assert near(front.give_out(6.0, 0, 0), (6.0, 1))
+
+
+def test_tokens_that_wait_for_one_turn_are_told_in_one_event_of_their_stream() -> None:
+    """Of 100 streams three steps wait, and with the last a new stream begins."""
+    front = Front(replace(machine().constants, front_token_s=1e-3, front_merged_s=1e-4))
+    front.give_out(1.0, 1000, 0)  # until 2.0
+    assert front.give_out(1.2, 100, 0) == front.give_out(1.4, 100, 0) == []
+    assert front.give_out(1.6, 101, 1) == []
+    assert near(front.give_out(3.0, 1, 0), (2.0 + 0.101 + 0.02, 3), (3.001, 1))
+
+
+def test_a_steady_stretch_is_what_its_steps_would_be_one_by_one() -> None:
+    ends = [1.0 + i / 100 for i in range(50)]
+    for token_s in (1e-5, 1e-4, 1e-3):
+        quick, slow = (Front(replace(machine().constants, front_token_s=token_s)) for _ in "ab")
+        turns = [t for end in ends for t in slow.give_out(end, 20, 0)]
+        written = quick.steady(ends, 20)
+        if token_s * 20 > 0.01:
+            assert not written
+            assert any(t.steps > 1 for t in turns)
+        else:
+            assert written == [t.written_s for t in turns]
+            assert quick.give_out(9.0, 1, 0) == slow.give_out(9.0, 1, 0)
 
 
 def test_a_request_passes_the_tokens_and_holds_them_up() -> None:
     front = Front(replace(machine().constants, front_token_s=1e-3, front_request_s=0.01,
                           front_latency_s=0.005))
-    front.give_out(1.0, 1000)  # until 2.0
+    front.give_out(1.0, 1000, 0)  # until 2.0
     assert front.take_in(1.0) == pytest.approx(1.015)
     assert front.take_in(1.0) == pytest.approx(1.025)
-    assert front.give_out(1.5, 1) == pytest.approx(2.021)
+    assert front.give_out(1.5, 1, 0) == []
+    assert near(front.begin(2.03), (2.021, 1))
 
 
 # ---------------------------------------------------------------------------------- prefix cache
+
+
+def test_an_answers_blocks_are_found_by_whoever_repeats_it() -> None:
+    engine = Engine(SMALL)
+    blocks = tuple(range(100, 110))  # of 96 tokens of prompt and 64 of the answer
+    engine.submit(request(1, 96, 50, blocks))
+    run(engine)
+    engine.submit(request(2, 160, 1, blocks))
+    run(engine)
+    assert engine.stats.prefix_hits == 144  # 145 are in the cache: the last one was not computed
 
 
 def test_an_equal_prefix_is_computed_once() -> None:

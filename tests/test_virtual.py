@@ -3,7 +3,9 @@
 import asyncio
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Trace
 from loadgen.store import RunFolder
 from loadgen.virtual import VirtualExecutor
 from servers.sim.engine import Engine, Request, Step
+from servers.sim.faults import parse_profile
 from tests.virtual import config
 
 MIXED = scenario.load("mixed")
@@ -131,7 +134,9 @@ def test_a_virtual_sweep_leaves_a_run_folder_that_says_simulated(
     out = tmp_path / "run"
     assert command("sweep", "--max-concurrency", "64", "--virtual", "--seed", "1", "--no-report",
                    f"--out={out}", "--", "--gpu", "4090d") == 0
-    assert "simulated" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "simulated" in said
+    assert "Generator" not in said  # there is none
     manifest = RunFolder(out).manifest()
     assert (manifest.server["simulated"], manifest.server["virtual_time"]) == (True, True)
     assert json.loads((out / "summary.json").read_bytes())["simulated"] is True
@@ -147,9 +152,61 @@ def test_a_virtual_sweep_leaves_a_run_folder_that_says_simulated(
             again / name).read_text().replace("again", "x").replace("run", "x"), name
 
 
+def faulty(*faults: str, load: Load, seconds: float = 60.0) -> tuple[
+        VirtualExecutor, Window, list[RequestRecord], ServerSigns]:
+    executor = VirtualExecutor(MIXED, config(), faults=[parse_profile(f) for f in faults])
+    return executor, *asyncio.run(executor.run_leg(leg(load, seconds)))
+
+
+@pytest.mark.parametrize(("fault", "says"), [("oom@6", "CUDA out of memory"),
+                                             ("die@6", "a worker was killed")])
+def test_an_engine_dies_at_its_load_and_is_another_one_after_a_restart(
+        fault: str, says: str) -> None:
+    executor, window, records, signs = faulty(fault, load=Closed(8))
+    assert (window.ending, signs.died) == ("server_died", says)
+    last = [r for r in records if r.outcome is Outcome.SERVER_ERROR_EVENT]
+    assert 6 <= len(last) <= 8
+    assert all(abs(r.end_ns - window.end_ns) < 1e6 for r in last)
+    assert all(r.outcome is Outcome.OK for r in records if r not in last)
+    died_s = executor.now_s
+    asyncio.run(executor.restart("it died"))
+    assert executor.now_s > died_s
+    again, records, signs = asyncio.run(executor.run_leg(leg(Closed(4))))
+    assert (again.ending, signs.died) == ("done", None)
+    assert records
+
+
+def test_a_silent_stream_is_stalled_after_its_clients_patience() -> None:
+    _, _, records, _ = faulty("stall@5:0.5", load=Closed(4))
+    silent = [r for r in records if r.outcome is Outcome.STALLED]
+    assert len(silent) > 3
+    assert any(r.outcome is Outcome.OK for r in records)
+    patience_s = MIXED.timeouts_of(silent[0].cls).stall_s
+    for r in silent:
+        assert r.output_tok == 5
+        last_ns = (r.first_ns or 0) + 1000 * sum(r.gaps_us)
+        assert r.end_ns - last_ns == pytest.approx(patience_s * 1e9, rel=1e-3)
+
+
+def test_a_client_that_leaves_by_plan_is_abandoned_and_frees_its_blocks(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaving(*args: Any) -> Iterator[plan.Session]:
+        for s in real(*args):
+            turns = tuple(msgspec.structs.replace(t, abandon_after_s=0.5) for t in s.turns)
+            yield msgspec.structs.replace(s, turns=turns)
+    real = plan.sessions
+    monkeypatch.setattr(plan, "sessions", leaving)
+    window, records, _ = ran(Closed(4))
+    assert {r.outcome for r in records} <= {Outcome.ABANDONED, Outcome.OK, Outcome.CANCELLED}
+    left = [r for r in records if r.outcome is Outcome.ABANDONED]
+    assert len(left) > 100
+    assert all(r.end_ns - (r.sent_ns or 0) == pytest.approx(0.5e9, rel=1e-6) for r in left)
+    assert window.ending == "done"
+
+
 @pytest.mark.parametrize(("words", "code"), [
     (["--base-url", "http://127.0.0.1:1"], 2), (["--server", "vllm"], 2),
-    (["--", "--fault", "oom@4"], 2), (["--", "--gpu", "h2"], 2),
+    (["--", "--fault", "rst@4"], 2), (["--", "--gpu", "h2"], 2),
     (["--", "--gpu-memory-utilization", "0.3"], 4)])
 def test_what_has_no_virtual_time_is_refused(words: list[str], code: int, tmp_path: Path) -> None:
     assert command("sweep", "--max-concurrency", "4", "--virtual", f"--out={tmp_path / 'r'}",

@@ -238,16 +238,16 @@ def test_a_run_launches_waits_measures_and_leaves_nobody_behind(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("log", "cause"), [
-    ("kv_too_small.log", "ValueError: No available memory for the cache blocks."),
-    ("bad_model_dir.log", "HFValidationError: Repo id must be in the form")])
-def test_a_death_at_the_start_is_exit_4_with_its_cause_first(tmp_path: Path, log: str,
+@pytest.mark.parametrize(("log", "state", "cause"), [
+    ("kv_too_small.log", "OOM_START", "ValueError: No available memory for the cache blocks."),
+    ("bad_model_dir.log", "START_FAILED", "HFValidationError: Repo id must be in the form")])
+def test_a_death_at_the_start_is_exit_4_with_its_cause_first(tmp_path: Path, log: str, state: str,
                                                              cause: str) -> None:
     said = run(tmp_path, *BY, "--", "--die-as", log)
     assert said.code == cli.DIED
     first, *context = said.err.strip().splitlines()
-    assert first.startswith("loadgen: the server died before it could serve: its process exited "
-                            "with code 1; log: ")
+    assert first.startswith(f"loadgen: the server died before it could serve: {state}: its "
+                            "process exited with code 1; log: ")
     assert cause in first
     assert len(context) <= 10
     assert all(x.startswith("  ") for x in context)

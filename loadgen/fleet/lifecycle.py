@@ -19,7 +19,7 @@ import gevent.event
 from locust.env import Environment
 from locust.runners import STATE_STOPPED, LocalRunner
 
-from loadgen import facts
+from loadgen import facts, health
 from loadgen.attend import Ask
 from loadgen.errors import FolderError, GeneratorError, LoadgenError, ScenarioError, ServerError
 from loadgen.fleet import options, prepare
@@ -321,8 +321,13 @@ class Lifecycle:
         self.stop_test()
 
     def died(self) -> str | None:
-        """Why the server is dead. Its health is asked only after requests failed: a check during
-        the load would be load."""
+        """Why the server is dead, its state first."""
+        why = self._sign_of_death()
+        return None if why is None else str(health.death(why, ready=True))
+
+    def _sign_of_death(self) -> str | None:
+        """Its health is asked only after requests failed: a check during the load would be
+        load."""
         assert self.server is not None
         try:
             if (why := self.server.alive()) is not None:

@@ -39,9 +39,13 @@ async def watch(keep: Callable[[list[Row]], None], say: Callable[[str], None],
                 command: Sequence[str] = COMMAND, silent_s: float = SILENT_S) -> None:
     """Until cancelled, or until the sampler ends: `keep` gets each sample's rows, `say` what
     cannot be watched, once each."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL, limit=2**22, process_group=0)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL, limit=2**22, process_group=0)
+    except OSError as e:
+        say(f"no GPU is watched: its sampler cannot be started: {e}")
+        return
     assert process.stdout is not None
     hung = False
     try:
@@ -55,6 +59,7 @@ async def watch(keep: Callable[[list[Row]], None], say: Callable[[str], None],
                 hung = True
                 continue
             if not line:
+                await _ended(process)  # to signal it now would be to reap it behind asyncio's back
                 return
             found = _decode(line)
             if found.says is not None:
@@ -68,8 +73,14 @@ async def watch(keep: Callable[[list[Row]], None], say: Callable[[str], None],
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await _ended(process)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Or not: who hangs in the driver ends when the driver lets it."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(1):  # who hangs in the driver ends when the driver lets it
+        async with asyncio.timeout(1):
             await process.wait()

@@ -5,6 +5,7 @@ few times and then left alone. A hung endpoint holds nothing up: each scrape has
 """
 
 import asyncio
+import json
 import math
 import re
 import time
@@ -18,6 +19,7 @@ from loadgen.target import Target
 
 PERIOD_S = 0.5
 ONCE_S = 1.0
+MOST_BYTES = 4 * 2**20  # of one answer: a vLLM's are 54 KB
 TRIES = 3  # without an answer, before a source that never gave one is left alone
 
 NAMES = {
@@ -33,9 +35,35 @@ NAMES = {
     "vllm:prefix_cache_hits_total": "prefix_hits",
     "vllm:gpu_prefix_cache_queries_total": "prefix_queries",
     "vllm:gpu_prefix_cache_hits_total": "prefix_hits",
+    # the following are after their documentation, not recorded: as it is not said what exactly they
+    # count, tokens have other names, and are not held against the records
+    "sglang:num_running_reqs": "running",
+    "sglang:num_queue_reqs": "waiting",
+    "sglang:token_usage": "kv_frac",
+    "sglang:num_retracted_requests_total": "preemptions",
+    "sglang:prompt_tokens_total": "told_prompt_tok",
+    "sglang:generation_tokens_total": "told_output_tok",
+    "tgi_batch_current_size": "running",
+    "tgi_queue_size": "waiting",
+    "tgi_request_input_length_sum": "told_prompt_tok",
+    "tgi_request_generated_tokens_sum": "told_output_tok",
+    "llamacpp:requests_processing": "running",
+    "llamacpp:requests_deferred": "waiting",
+    "llamacpp:kv_cache_usage_ratio": "kv_frac",
+    "llamacpp:prompt_tokens_total": "told_prompt_tok",
+    "llamacpp:tokens_predicted_total": "told_output_tok",
     "sim:steps_total": "sim_steps",
     "sim:late_steps_total": "sim_late_steps",
 }
+HISTOGRAMS = {  # of seconds per request: their sum and count give a mean over any time
+    "vllm:request_queue_time_seconds": "queue",
+    "vllm:request_prefill_time_seconds": "prefill",
+    "vllm:request_decode_time_seconds": "decode",
+    "sglang:queue_time_seconds": "queue",
+    "tgi_request_queue_duration": "queue",
+}
+NAMES |= {f"{theirs}_{part}": f"{ours}_s_{part}" for theirs, ours in HISTOGRAMS.items()
+          for part in ("sum", "count")}
 _WANTED = re.compile("^(?:" + "|".join(map(re.escape, NAMES)) + r")[ {].*$", re.MULTILINE)
 
 
@@ -92,17 +120,52 @@ async def watch(target: Target, keep: Callable[[list[Row]], None], simulated: bo
 
 
 async def _scrape(session: aiohttp.ClientSession, url: str) -> list[Row]:
+    began_ns = time.monotonic_ns()
     try:
         async with session.get(url) as answer:
             if answer.status != 200:
                 return []
             now_ns = time.monotonic_ns()
+            text = await _text(answer)
             if url.endswith("/sim/gpu"):
-                said = await answer.json()
+                said = json.loads(text)
                 return gpu_rows_of(said["gpus"] if isinstance(said, dict) else said, now_ns)
-            return rows_of(await answer.text(), now_ns)
+            rows = rows_of(text, now_ns)
+            took_s = (time.monotonic_ns() - began_ns) / 1e9
+            return [*rows, Row("server", now_ns, "scrape_s", took_s)] if rows else []
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError):
         return []
+
+
+async def _text(answer: aiohttp.ClientResponse) -> str:
+    """Raises ValueError where it is larger than anything that is worth its reading."""
+    data = bytearray()
+    async for piece in answer.content.iter_chunked(2**16):
+        data += piece
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES} bytes")
+    return data.decode(errors="replace")
+
+
+async def answers(target: Target) -> bool | None:
+    """Whether /health says that all is well; None: it does not answer, or there is none."""
+    try:
+        async with (_session(target, ONCE_S) as session,
+                    session.get(target.base_url + "/health") as answer):
+            return None if answer.status == 404 else answer.status < 500
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return None
+
+
+async def forget_prefixes(target: Target) -> bool:
+    """Empties the server's prefix cache. False: it does not offer that (a vLLM does in its
+    development mode only)."""
+    try:
+        async with (_session(target, 2.0) as session,
+                    session.post(target.base_url + "/reset_prefix_cache") as answer):
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
 
 
 async def is_healthy(target: Target) -> str | None:

@@ -14,6 +14,8 @@ FRESH_NS = 3_000_000_000  # a sample further from a leg than this may hold somet
 SLOWED = {  # bits of NVML's reasons for lower clocks that slow a load down; idleness does not
     0x4: "power cap", 0x8: "hardware slowdown", 0x20: "temperature (driver)",
     0x40: "temperature (hardware)", 0x80: "power brake"}
+HELD_DOWN = {bit: name for bit, name in SLOWED.items() if bit != 0x4}  # a full load meets its power
+# cap; these are faults
 
 Series = Sequence[tuple[int, float]]
 
@@ -59,6 +61,11 @@ def signs_of(window: Window, server: Mapping[str, Sequence[tuple[int, float]]]) 
         after = [v for t, v in points if t >= window.to_ns] or [v for _, v in points[-1:]]
         return max(0.0, after[0] - before[-1]) if before and after else None
 
+    def each(name: str) -> float | None:
+        """Mean of a histogram of seconds, over the requests that ended in the window."""
+        took, n = grown(f"{name}_s_sum"), grown(f"{name}_s_count")
+        return took / n if n and took is not None else None
+
     kv = gauge("kv_frac")
     queries, hits = grown("prefix_queries"), grown("prefix_hits")
     steps, late = grown("sim_steps"), grown("sim_late_steps")
@@ -67,6 +74,8 @@ def signs_of(window: Window, server: Mapping[str, Sequence[tuple[int, float]]]) 
         kv_full_frac=sum(v > KV_FULL for v in kv) / len(kv) if kv else None,
         kv_max=max(kv, default=None),
         prefix_hit_frac=hits / queries if queries and hits is not None else None,
+        queue_s=each("queue"), prefill_s=each("prefill"), decode_s=each("decode"),
+        scrape_s=_mean(gauge("scrape_s")),
         running_mean=_mean(gauge("running")), waiting_mean=_mean(gauge("waiting")),
         late_step_frac=late / steps if steps and late is not None else None,
         blind=bool(server) and window.to_ns - window.from_ns > 4_000_000_000 and not any(

@@ -5,7 +5,8 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from aiohttp import web
@@ -15,7 +16,7 @@ from servers.sim.admin import Admin
 from servers.sim.desk import MAX_BODY_BYTES, Desk
 from servers.sim.doors import Doors, json_bytes, uvicorn_headers
 from servers.sim.engine import Engine, Step
-from servers.sim.front import Front
+from servers.sim.front import Front, Turn
 from servers.sim.gate import GatedRunner, http_log
 from servers.sim.log import log, log_death
 from servers.sim.scripts import Habits
@@ -46,6 +47,8 @@ class Server:
         self._admin = Admin(self.faults, self._gpus)
         self._desk = Desk(self, habits or Habits(), request_log)
         self._utilization = utilization
+        self._untold: deque[Step] = deque()  # steps that have no turn of the front end yet
+        self._alarm: asyncio.TimerHandle | None = None  # … and for when that begins
         self._wake = asyncio.Event()
         self._dead = False
         self._started = int(time.time())
@@ -104,18 +107,45 @@ class Server:
             began_s, now_s = now_s, now_s + step.duration_s / self.speed
             await asyncio.sleep(max(0.0, now_s - loop.time()))
             self.pacing.ran(began_s, now_s)
-            due_s = self.front.give_out(now_s * self.speed, step.events) / self.speed
-            loop.call_at(due_s, self._deliver, step, due_s)
+            self._untold.append(step)
+            self._turn(self.front.give_out(now_s * self.speed, step.events, step.fresh))
 
-    def _deliver(self, step: Step, due_s: float) -> None:
+    def _turn(self, known: Sequence[Turn]) -> None:
+        """Turns of the front end that are known; and an alarm for the one that is not."""
+        loop = asyncio.get_running_loop()
+        for turn in known:
+            due_s = turn.written_s / self.speed
+            steps = [self._untold.popleft() for _ in range(turn.steps)]
+            loop.call_at(due_s, self._deliver, steps, due_s)
+        if self.front.next_s is not None and self._alarm is None:
+            self._alarm = loop.call_at(self.front.next_s / self.speed, self._begin_turn)
+
+    def _begin_turn(self) -> None:
+        self._alarm = None
+        now_s = asyncio.get_running_loop().time()
+        self._turn(self.front.begin(now_s * self.speed))
+
+    def _deliver(self, steps: Sequence[Step], due_s: float) -> None:
+        """Tokens that a stream had in several steps are told in one event."""
         if self._dead:
             return
+        loop = asyncio.get_running_loop()
+        later: Counter[int] = Counter()
+        for step in steps[1:]:
+            later.update(step.tokens)
+        for i, step in enumerate(steps):
+            if i:
+                later.subtract(step.tokens)
+            self._tell(step, loop.time(), later)
+        self.pacing.delivered(due_s, loop.time())
+
+    def _tell(self, step: Step, woken_s: float, later: Mapping[int, int]) -> None:
+        """`later`: whose next tokens are told right after."""
         flying = self._desk.flying
-        woken_s = asyncio.get_running_loop().time()
-        self.pacing.delivered(due_s, woken_s)
         for request_id in step.tokens:
             if found := flying.get(request_id):
-                found[0].token(found[1], woken_s, step.finished.get(request_id))
+                found[0].token(found[1], woken_s, step.finished.get(request_id),
+                               not later or not later[request_id])
         self.tally.stepped()
         self._desk.stepped()
 

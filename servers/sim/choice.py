@@ -17,7 +17,7 @@ class Choice:
                  tally: Tally, interval: int = 1) -> None:
         self.index = index
         self.prompt_tok = len(answer.ask.prompts[answer.prompt_of(index)])
-        self.script_tok = script.tokens
+        self.script_tok, self.foreseen = script.tokens, script.foreseen
         self.tokens = 0
         self.reason: str | None = None
         self.request_id = 0
@@ -41,17 +41,18 @@ class Choice:
                               or shape.echo))
         self._before, self._after = answer.plain(index) if shape.stream else (b"", b"")
 
-    def token(self, now_s: float, reason: str | None) -> list[bytes]:
+    def token(self, now_s: float, reason: str | None, tell: bool = True) -> list[bytes]:
         """One more token, as the events that tell of it; the last one has a `reason`. An EOS
-        ("stop") has no text."""
+        ("stop") has no text. Not to `tell` it: it is told with the next one."""
         self.tokens += 1
         self._observe(now_s)
         said = None if reason == "stop" else next(self._script.said, None)
         if self.script_tok is not None and said is None:
             reason = "stop"
-        if self._is_plain and reason is None and self.tokens > 1 and said is not None:
+        if (self._is_plain and tell and reason is None and said is not None
+                and self._told_tok == len(self._said) > 0):
             return [self.event(said.json)]
-        return self._told_in_full(said, reason)
+        return self._told_in_full(said, reason, tell)
 
     def event(self, said_json: bytes) -> bytes:
         """The event of a text that says nothing else."""
@@ -65,7 +66,7 @@ class Choice:
         """It ends between two tokens."""
         return self._finish(None, reason, held=True)
 
-    def _told_in_full(self, said: Said | None, reason: str | None) -> list[bytes]:
+    def _told_in_full(self, said: Said | None, reason: str | None, tell: bool) -> list[bytes]:
         self._said.append(said.text if said else "")
         self._text += self._said[-1]
         events = []
@@ -75,20 +76,21 @@ class Choice:
             reason = "stop"
         if reason is not None:
             return events + self._finish(said, reason)
-        if not self._ask.shape.stream or self._waits():
+        if not self._ask.shape.stream or self._waits(tell):
             return events
         delta, shown = self._delta(said, held=False)
         sampling, shape = self._ask.sampling, self._ask.shape
         if self._ask.chat and not delta and sampling.logprobs is None and not shape.token_ids:
             return events
-        tokens = self._untold()
+        first, tokens = not self._told_tok, self._untold()
         return [*events, self._answer.token(
             self.index, delta, shown, self.tokens, self._answer.ids(tokens),
-            self._logprobs(tokens), first=self.tokens == 1)]
+            self._logprobs(tokens), first)]
 
-    def _waits(self) -> bool:
+    def _waits(self, tell: bool) -> bool:
         """It is told with a later one. (Tool calls are told part by part.)"""
-        return bool((self.tokens - 1) % self._interval) and not self._script.calls
+        return not self._script.calls and (
+            not tell or bool((self.tokens - 1) % self._interval))
 
     def _untold(self) -> list[str]:
         tokens, self._told_tok = self._said[self._told_tok:], len(self._said)
@@ -103,11 +105,11 @@ class Choice:
         self._tally.finished(self, reason)
         if not self._ask.shape.stream:
             return []
-        tokens = self._untold()
+        first, tokens = not self._told_tok, self._untold()
         return [self._answer.finish(
             self.index, delta, shown, self.tokens, self._answer.ids(tokens),
             self._logprobs(tokens) if any(tokens) else None, self.reason, self._stop_string,
-            first=self.tokens == 1)]
+            first)]
 
     def _delta(self, said: Said | None, held: bool) -> tuple[scripts.Delta, str]:
         """(what a chat is told now, the same as text)."""
@@ -119,7 +121,7 @@ class Choice:
             end = self._text.index(self._stop_string, self._search_from())
         shown = self._text[self._told:end]
         self._told += len(shown)
-        if self.tokens == 1 and self._ask.shape.stream:
+        if not self._told_tok and self._ask.shape.stream:
             shown = self._answer.echoed(self.index) + shown
         return ({"content": shown} if shown else {}), shown
 

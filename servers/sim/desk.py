@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from servers.sim.stream import Stream
 
 MAX_BODY_BYTES = 64 * 2**20
 _BIG_BYTES = 4 * 2**20
+_FORESEEN_TOK = 4096  # of an answer, that the prefix cache can find
 _BIG_AT_ONCE = 4  # bodies beyond that; the others wait unread, so that memory stays bounded
 
 
@@ -179,7 +181,8 @@ class Desk:
         most = wire.output_tok(ask.sampling.max_tokens, len(tokens), ask.chat,
                                config.max_model_len)
         self._house.tally.asked(ask.sampling.n, most)
-        hashes = text.block_hashes(tokens) if config.prefix_caching else []
+        foreseen = islice(choice.foreseen, min(most, _FORESEEN_TOK))
+        hashes = text.block_hashes([*tokens, *foreseen]) if config.prefix_caching else []
         scripted = choice.script_tok is not None
         self._house.engine.submit(Request(
             choice.request_id, len(tokens), min(most, choice.script_tok or most),

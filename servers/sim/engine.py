@@ -42,15 +42,15 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`prompt_blocks`: chained hashes of the prompt's full blocks, so that equal hashes mean equal
-    prefixes; empty for a prompt that shares nothing."""
+    """`blocks`: chained hashes of the full blocks of the prompt and, as far as it is foreseen, of
+    the answer, so that equal hashes mean equal prefixes; empty for what shares nothing."""
 
     id: int
     prompt_tok: int
     max_tokens: int
     ignore_eos: bool = False
     min_tokens: int = 0
-    prompt_blocks: Sequence[int] = ()
+    blocks: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -69,6 +69,7 @@ class Step:
     admitted: list[tuple[int, int]] = field(default_factory=list)
     finished: dict[int, str] = field(default_factory=dict)  # id -> finish_reason
     events: int = 0
+    fresh: int = 0  # of them, to streams that had none in the step before
 
     @property
     def end_s(self) -> float:
@@ -189,6 +190,7 @@ class Engine:
         batch.sampled = len(step.tokens)
         self.stats.steps += 1
         self.stats.generation_tok += batch.sampled
+        step.fresh = len(step.begun) if len(self._telling) == 1 else step.events
         step.duration_s = self._time(batch)
         return step
 
@@ -255,6 +257,9 @@ class Engine:
         self._context -= computed
         self._hungry[(seq.since - seq.computed) % BLOCK_TOK] -= 1
         self._telling[(seq.ends - seq.output + 1) % len(self._telling)] -= 1
+        if self.config.prefix_caching:  # what it has said can be found, too
+            seq.findable += self._pool.publish(
+                seq.request.blocks[seq.findable:computed // BLOCK_TOK])
         self._release(seq, -(-computed // BLOCK_TOK) * BLOCK_TOK)
 
     def _finish(self, seq: _Seq, step: Step, number: int) -> None:
@@ -266,7 +271,7 @@ class Engine:
 
     def _release(self, seq: _Seq, room: int) -> None:
         self._pool.give_back(room // BLOCK_TOK - seq.findable,
-                             seq.request.prompt_blocks[:seq.findable])
+                             seq.request.blocks[:seq.findable])
         seq.findable = seq.room = 0
 
     def _drop_aborted(self) -> None:
@@ -298,7 +303,7 @@ class Engine:
         while self._waiting and self.running < config.max_num_seqs:
             budget = config.max_num_batched_tokens - batch.new_tok
             seq = self._waiting[0]
-            hashes = seq.request.prompt_blocks if config.prefix_caching else ()
+            hashes = seq.request.blocks if config.prefix_caching else ()
             found, idle = pool.match(hashes, (seq.total - 1) // BLOCK_TOK)  # one token is left
             cached = found * BLOCK_TOK
             new = min(seq.total - cached, budget)
@@ -325,7 +330,7 @@ class Engine:
         batch.attended += new * (end - new / 2)
         if self.config.prefix_caching:
             seq.findable += self._pool.publish(
-                seq.request.prompt_blocks[seq.findable:end // BLOCK_TOK])
+                seq.request.blocks[seq.findable:end // BLOCK_TOK])
         if end < seq.total:
             self._partial = seq
             return

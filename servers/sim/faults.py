@@ -54,6 +54,7 @@ REQUEST_KINDS = {
     "no-finish": "the stream ends with [DONE], but no finish_reason and no usage",
     "no-done": "the stream ends without [DONE]",
 }
+IN_VIRTUAL_TIME = ("oom", "die", "oom-slack", "stall")  # those that there are without a wire
 SILENCING = frozenset(("error-event", "truncate", "rst", "stall", "fin", "cut-json"))
 SLICE_BYTES = 7
 BIG_LINE_BYTES = 700_000

@@ -17,6 +17,7 @@ from servers.base import ServerProcess, free_port, option
 from servers.sim.__main__ import engine_config, parse
 from servers.sim.costs import BLOCK_TOK, DoesNotFit
 from servers.sim.engine import EngineConfig
+from servers.sim.faults import IN_VIRTUAL_TIME, Fault
 
 DEFAULT_MODEL = "qwen2.5-7b"
 
@@ -65,6 +66,10 @@ class SimServer:
         self._process = ServerProcess(self._command, self._log)
         return self.target
 
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
     def alive(self) -> str | None:
         return self._process.died() if self._process else "it was not started"
 
@@ -86,8 +91,10 @@ class VirtualSim:
 
     def __init__(self, options: Sequence[str]) -> None:
         asked = _check(options)
-        if asked.fault:
-            raise ScenarioError("--virtual has no faults: they are told over a wire; leave it out")
+        self.faults: tuple[Fault, ...] = tuple(asked.fault)
+        if wrong := [f for f in self.faults if f.kind not in IN_VIRTUAL_TIME]:
+            raise ScenarioError(f"--virtual has no fault {wrong[0]}, which is told over a wire; it "
+                                f"has {', '.join(IN_VIRTUAL_TIME)}")
         self._options = list(options)
         self.utilization: float = asked.gpu_memory_utilization
         try:

@@ -130,6 +130,7 @@ class Pacing:
             self._busy.popleft()
 
     def delivered(self, due_s: float, delivered_s: float) -> None:
+        """A step's last write is done."""
         lag_s = delivered_s - due_s
         self.steps += 1
         self.late += lag_s > LATE_S

@@ -28,10 +28,12 @@ class Said(NamedTuple):
 
 class Script(NamedTuple):
     """`tokens`: how many there are, with the EOS; None: words without end, and the engine draws
-    the length. `calls`: the text may hold tool calls."""
+    the length. `calls`: the text may hold tool calls. `foreseen`: the texts of its tokens once
+    more, for the prefix cache."""
 
     said: Iterator[Said]
     tokens: int | None
+    foreseen: Iterator[str]
     calls: bool = False
 
 
@@ -63,7 +65,9 @@ def write(asked: Constraint, habits: Habits, rng: random.Random) -> Script:
         return of_text(json.dumps(value, ensure_ascii=False), False, rng)
     if asked.regex is not None:
         return of_text(schema.matching(asked.regex, rng), False, rng)
-    return Script((WORDS[i] for i in text.words(rng.getrandbits(32))), None, bool(asked.tools))
+    seed = rng.getrandbits(32)
+    return Script((WORDS[i] for i in text.words(seed)), None,
+                  (text.WORDS[i] for i in text.words(seed)), bool(asked.tools))
 
 
 def _call(asked: Constraint, habits: Habits, rng: random.Random) -> str:
@@ -79,7 +83,7 @@ def _call(asked: Constraint, habits: Habits, rng: random.Random) -> str:
 
 def of_text(whole: str, calls: bool, rng: random.Random) -> Script:
     tokens = list(_with_calls(whole, rng) if calls else map(said, text.pieces(whole)))
-    return Script(iter(tokens), len(tokens) + 1, calls)
+    return Script(iter(tokens), len(tokens) + 1, (t.text for t in tokens), calls)
 
 
 def _with_calls(whole: str, rng: random.Random) -> Iterator[Said]:

@@ -53,13 +53,14 @@ class Stream:
     def tokens(self) -> int:
         return sum(c.tokens for c in self.choices)
 
-    def token(self, choice: Choice, now_s: float, reason: str | None) -> None:
-        """One more token of `choice`; the last one has a finish `reason`."""
+    def token(self, choice: Choice, now_s: float, reason: str | None, tell: bool = True) -> None:
+        """One more token of `choice`; the last one has a finish `reason`. Not to `tell` it: its
+        event is the next one's."""
         if choice.reason is not None:
             return
         self.last_ns = time.monotonic_ns()
         self.first_ns = self.first_ns or self.last_ns
-        events = choice.token(now_s, reason)
+        events = choice.token(now_s, reason, tell)
         if self._silent:
             return
         if choice.reason is not None:
