@@ -467,7 +467,7 @@ def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -
         command=before.manifest.command[1:], patience_s=options["start_timeout"],
         gpus=options["gpus"])
     result = runner.run_sweep(session, before.plan, View(Console(), before.plan.budget_s),
-                              before=before)
+                              options["unit_step"], before)
     raise SystemExit(_conclude(folder, None, given["report"], result))
 
 

@@ -61,7 +61,8 @@ def run_sweep(session: Session, plan: SweepPlan, view: View,
               unit_step: bool = False, before: Stopped | None = None) -> SweepResult:
     """Drives the search to its stop; everything is in the run folder when this returns. `before`:
     what of it was done already."""
-    if before is not None and (ended := _nothing_left(session, plan, before)) is not None:
+    if before is not None and not unit_step and (
+            ended := _nothing_left(session, plan, before)) is not None:
         view.say(f"{before.folder.path}: the search was over already")
         return ended
     if isinstance(session.server, VirtualSim):
@@ -74,7 +75,7 @@ def run_sweep(session: Session, plan: SweepPlan, view: View,
         found = await sweep(plan, session.scenario, who, view.judged, clock)
         if not unit_step or found.stop in ("interrupted", "failed"):
             return found
-        return await unit.search(plan, found, session.scenario, executor, view.judged)
+        return await unit.search(plan, found, session.scenario, who, view.judged)
     return _drive(_session(session, view, body, plan, before))
 
 
