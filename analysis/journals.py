@@ -82,7 +82,7 @@ def _stretches(folder: RunFolder, path: Path,
                 continue
             name = record.leg
         start = end - len(line)
-        here = apart.of(path.name, start, name) if apart.resumed else (name, 0)
+        here = apart.of(path.name, start, name) if apart.moves else (name, 0)
         if here != now:
             if now is not None:
                 yield now, begun, last

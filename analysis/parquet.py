@@ -61,7 +61,7 @@ def _records(folder: RunFolder) -> Iterable[Digest]:
                 record = _decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError):
                 continue
-            if apart.resumed:
+            if apart.moves:
                 record.leg, shift_ns = apart.of(path.name, end - len(line), record.leg)
                 record.shift(shift_ns)
             yield record

@@ -111,7 +111,7 @@ def _more(r: Mapping[Any, Any]) -> list[str]:
 
 def _gpu(run: Run, r: Mapping[Any, Any]) -> list[str]:
     loaded, peak = run.gpu_loaded_bytes, r["gpu_memory_peak_gib"]
-    more = None if loaded is None or peak is None else peak - loaded / steps.GIB
+    more = None if loaded is None or pd.isna(peak) else peak - loaded / steps.GIB
     held = percent(r["gpu_slowed_frac"])
     if r["gpu_slowed_by"]:
         held += f": {r['gpu_slowed_by']}"

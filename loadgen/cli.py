@@ -107,7 +107,7 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     """
     if resume is not None:
         _go_on(resume, server_options, options)
-    from loadgen.ramp import SweepPlan  # noqa: PLC0415  (heavy imports wait for the command)
+    from loadgen.ramp import SweepPlan, finest_of  # noqa: PLC0415  (heavy imports wait)
 
     if (max_concurrency is None) == (max_rate is None):
         raise click.UsageError("give --max-concurrency N or --max-rate R")
@@ -123,7 +123,9 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
         return runner.run_sweep(session, SweepPlan(
             axis=axis, levels=ladder, budget_s=float(budget), seed=session.seed,
             criteria=session.criteria,
-            can_restart=restart and session.server.facts()["kind"] != "remote"), view, unit_step)
+            can_restart=restart and session.server.facts()["kind"] != "remote",
+            finest=finest_of(float(budget)) if levels is None else None, checks=True),
+            view, unit_step)
 
     _measure(name, server_options, options, search, budget, (ladder[-1], axis))
 

@@ -15,7 +15,7 @@ from loadgen import scenario
 from loadgen.judge import Criteria
 from loadgen.prompts import Ratio
 from loadgen.scenario import Scenario
-from loadgen.store import SCHEMA, Manifest
+from loadgen.store import SCHEMA, Manifest, Worker
 from loadgen.target import Target, without_secrets
 
 _VERSIONS = ("loadgen", "aiohttp", "numpy", "msgspec", "locust", "requests", "gevent", "vllm")
@@ -23,7 +23,7 @@ _VERSIONS = ("loadgen", "aiohttp", "numpy", "msgspec", "locust", "requests", "ge
 
 def manifest(out: Path, command: Sequence[str], mix: Scenario, seed: int, criteria: Criteria,
              target: Target, server: dict[str, Any], ratios: dict[str, Ratio],
-             processes: int = 1) -> Manifest:
+             processes: int = 1, workers: Sequence[Worker] = ()) -> Manifest:
     """`command`: all words that were typed; secrets in it are hidden here. `server`: its facts."""
     return Manifest(
         schema=SCHEMA, run=out.name,
@@ -32,7 +32,7 @@ def manifest(out: Path, command: Sequence[str], mix: Scenario, seed: int, criter
         target_frac=criteria.target, confidence=criteria.confidence,
         base_url=target.base_url, model=target.model, server=server,
         ratios=msgspec.to_builtins(ratios), versions=_versions(), host=_host(),
-        processes=processes, calibration=criteria.calibration)
+        processes=processes, calibration=criteria.calibration, workers=list(workers))
 
 
 def _versions() -> dict[str, str]:

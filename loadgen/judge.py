@@ -1,18 +1,25 @@
 """Pure: the records of one leg → measurement verdict and load verdict, with bounds and reasons.
-Used by the running sweep and by the analysis alike, so that both say the same."""
+Used by the running sweep and by the analysis alike, so that both say the same.
 
+A leg's bounds are Clopper and Pearson's, of as many requests as its own are worth: requests of one
+moment share their fate, so the sample is cut into blocks longer than an answer, whose spread says
+by how much (`sequential.clumping`). A leg of a search speaks for its level, not for itself, so that
+the difference between runs counts as well. What several legs of a level show together is in
+`evidence`."""
+
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from msgspec import Struct
 
-from loadgen import balance, headroom, metrics, validity
+from loadgen import balance, headroom, metrics, sequential, settle, validity
 from loadgen.balance import Balance, Counted
 from loadgen.headroom import Calibration
-from loadgen.leg import Leg, Window
+from loadgen.leg import Leg, Phase, Window
 from loadgen.record import Outcome, RequestRecord
-from loadgen.scenario import Scenario
+from loadgen.scenario import Closed, Scenario
 from loadgen.validity import Finding, Measurement
 
 LoadVerdict = Literal["SAFE", "UNSAFE", "UNRESOLVED"]
@@ -20,8 +27,11 @@ LoadVerdict = Literal["SAFE", "UNSAFE", "UNRESOLVED"]
 PREEMPTED_FRAC = 0.01  # more preempted than this: KV cache thrash, a latency cliff to come
 KV_FULL = 0.95  # KV cache use beyond this …
 KV_FULL_FRAC = 0.05  # … in more than this share of samples
+BLOCK_S = 2.0  # a block is at least so long, and as long as an answer takes
 NOT_ERRORS = frozenset({Outcome.OK, Outcome.ABANDONED, Outcome.THROTTLED, Outcome.CANCELLED,
                         Outcome.DROPPED})  # the server's error share leaves out our own doings
+
+STEADY = frozenset({"run", "refine", "confirm", "reference", "soak", "poisson"})  # must hold
 
 
 class ServerSigns(Struct, frozen=True):
@@ -44,13 +54,16 @@ class ServerSigns(Struct, frozen=True):
 
 
 class Criteria(Struct, frozen=True):
-    """What "safe" asks for: attainment ≥ target at one-sided confidence. A ladder's legs are
-    many, short and clumped: one of them refutes only at `refute`, so that all of a ladder
-    together err no more often than one confirmation."""
+    """What "safe" asks for: attainment ≥ target at one-sided confidence. A search's legs are
+    many: one of them refutes only at `refute`, so that all of a search together err no more
+    often than one confirmation. `runs_differ`, `refutes_differ`: ρ of `sequential`, for the lower
+    and the upper bound."""
 
     target: float = 0.95
     confidence: float = 0.95
     refute: float = 0.995
+    runs_differ: float = sequential.RUNS_DIFFER
+    refutes_differ: float = sequential.REFUTES_DIFFER
     calibration: Calibration | None = None  # of the generator; beyond it no measurement is sure
 
 
@@ -59,7 +72,7 @@ class Judgement(Struct, frozen=True):
 
     leg: str
     value: float
-    phase: str
+    phase: Phase
     n: int  # requests in the sample: due in the window, not void
     good: int
     void: int
@@ -86,6 +99,12 @@ class Judgement(Struct, frozen=True):
     e2e_p50_s: float | None
     answer_s: float | None  # mean E2E of all complete answers, the warm-up's too: for pacing
     balance: Balance = Balance()
+    distress: bool = False  # of the server, beyond all latencies
+    open_loop: bool = False
+    blocks: list[tuple[int, int]] = []  # (good, n) of stretches of the window, in order
+    strain: float | None = None  # the target's quantile of value over limit: over 1 it is missed
+    settled_s: float | None = None  # since the leg's start; None: it never did, or too few to say
+    rises: float | None = None  # by which factor its second half was worse, if there is a trend
 
     @property
     def attainment(self) -> float | None:
@@ -113,9 +132,13 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     n, good = len(sample), sum(not w for w in why)
     classes = {c: (sum(not w for r, w in zip(sample, why, strict=True) if r.cls == c),
                    sum(r.cls == c for r in sample)) for c in slos}
-    lower = metrics.lower_bound(good, n, criteria.confidence)
-    sure = criteria.refute if leg.phase == "ladder" else criteria.confidence
-    upper = metrics.upper_bound(good, n, sure)
+    answer_s = _mean_answer_s(records)
+    blocks = _blocks(window, [(r.due_ns, not w) for r, w in zip(sample, why, strict=True)],
+                     answer_s or 0.0)
+    worth, upper_worth = worth_of(leg.phase, blocks, criteria)
+    sure = criteria.confidence if leg.phase == "run" else criteria.refute
+    lower = metrics.lower_bound(good * worth, n * worth, criteria.confidence)
+    upper = metrics.upper_bound(good * upper_worth, n * upper_worth, sure)
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
     books = balance.of(leg, window, sample, records, signs.counted)
     findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind,
@@ -124,18 +147,24 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     distress = _distress(signs, n)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()
-               if m and metrics.upper_bound(g, m, each) < criteria.target]
+               if m and metrics.upper_bound(g * upper_worth, m * upper_worth, each) < criteria.target]
+    strains = sorted(((r.due_ns, x, is_due(window, r)) for r in records
+                      if not window.is_void(r.due_ns, r.end_ns)
+                      and (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
+    inside = [x for _, x, due_inside in strains if due_inside]
+    rises = settle.rises(inside) if leg.phase in STEADY else None
     load: LoadVerdict = "UNRESOLVED"
     if distress or refuted or upper < criteria.target:
         load = "UNSAFE"
-    elif lower >= criteria.target:
+    elif lower >= criteria.target and rises is None:
         load = "SAFE"
     window_s = max(window.to_ns - window.from_ns, 1) / 1e9
     shares = [(metrics.share_inside(r, window.from_ns, window.to_ns), r) for r in records]
     return Judgement(
         leg=leg.id, value=leg.value, phase=leg.phase, n=n, good=good, void=due - n, lower=lower,
         upper=upper, measurement=validity.verdict(findings), load=load,
-        reasons=distress + _reasons(load, good, n, upper, criteria, refuted), findings=findings,
+        reasons=distress + _reasons(load, good, n, upper, criteria, refuted, rises, worth),
+        findings=findings,
         misses=dict(Counter(x for w in why for x in w)),
         outcomes=dict(Counter(r.outcome.value for r in sample)), errors=errors,
         error_lower=metrics.lower_bound(errors, n, criteria.confidence), classes=classes,
@@ -146,8 +175,47 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         goodput_rps=sum(share for share, r in shares
                         if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
-        e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=_mean_answer_s(records),
-        balance=books)
+        e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=answer_s, balance=books,
+        distress=bool(distress), open_loop=not isinstance(leg.load, Closed), blocks=blocks,
+        strain=_strain(inside, criteria.target),
+        settled_s=_settled_s(window, strains), rises=rises)
+
+
+def worth_of(phase: Phase, blocks: sequential.Blocks,
+             criteria: Criteria) -> tuple[float, float]:
+    """What share of a leg's requests it is worth in independent ones, for the lower bound and for
+    the upper one. A run speaks for itself, a leg of a search for its level."""
+    if phase == "run":
+        worth = 1 / sequential.design_effect([blocks], 0.0)
+        return worth, worth
+    return (1 / sequential.design_effect([blocks], criteria.runs_differ),
+            1 / sequential.design_effect([blocks], criteria.refutes_differ))
+
+
+def _blocks(window: Window, seen: Sequence[tuple[int, bool]],
+            answer_s: float) -> list[tuple[int, int]]:
+    """(good, n) of equal stretches of the time in which these were due."""
+    if not seen:
+        return []
+    start, end = min(due_ns for due_ns, _ in seen), window.to_ns
+    count = max(1, int((end - start) / 1e9 / max(BLOCK_S, answer_s)))
+    good, n = [0] * count, [0] * count
+    for due_ns, met in seen:
+        i = min(count - 1, (due_ns - start) * count // max(1, end - start))
+        good[i], n[i] = good[i] + met, n[i] + 1
+    return [b for b in zip(good, n, strict=True) if b[1]]
+
+
+def _strain(seen: Sequence[float], target: float) -> float | None:
+    ordered = sorted(seen)
+    return ordered[math.ceil(target * len(ordered)) - 1] if ordered else None
+
+
+def _settled_s(window: Window, strains: Sequence[tuple[int, float, bool]]) -> float | None:
+    """Of all the leg's requests, the warm-up's too."""
+    finite = [(t, x) for t, x, _ in strains if x < math.inf]
+    left_out = settle.mser([x for _, x in finite])
+    return None if left_out is None else max(0.0, (finite[left_out][0] - window.t0_ns) / 1e9)
 
 
 def _mean_answer_s(records: Sequence[RequestRecord]) -> float | None:
@@ -177,7 +245,7 @@ def _distress(signs: ServerSigns, n: int) -> list[str]:
 
 
 def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Criteria,
-             refuted: list[str]) -> list[str]:
+             refuted: list[str], rises: float | None, worth: float) -> list[str]:
     share = f"{good} of {n} requests met the SLO"
     if n == 0:
         return ["no request was due in the window"]
@@ -186,8 +254,12 @@ def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Crite
     if refuted:
         return [f"{share}, but of class {', '.join(refuted)} surely less than "
                 f"{100 * criteria.target:g} %"]
+    if rises is not None:
+        return [f"{share}, but the level does not hold: its second half came {rises:.2f} times as "
+                "near to the limits as its first"]
     if load == "UNRESOLVED":
         more = metrics.needed_n(criteria.target, (n - good) / n, criteria.confidence)
+        more = math.ceil(more / worth) if more else None
         hint = f"; {more - n} more at this share would" if more and more > n else ""
         return [f"{share}: too few to show {100 * criteria.target:g} %{hint}"]
     return [share]

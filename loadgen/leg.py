@@ -9,7 +9,8 @@ from msgspec import Struct
 from loadgen.scenario import Load
 
 Axis = Literal["concurrency", "rate"]
-Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "overload", "unit"]
+Phase = Literal["run", "ladder", "refine", "reference", "confirm", "soak", "poisson", "burst",
+                "overload", "recover", "unit"]
 Ending = Literal["done", "cut", "interrupted", "server_died", "failed"]
 
 
@@ -47,6 +48,7 @@ class Health(Struct, frozen=True, omit_defaults=True):
     rcvbuf_bytes: int | None = None  # smallest receive buffer of its connections
     inflight_s: float | None = None  # its count of what is in flight, integrated over the window
     lingered: int = 0  # answers that had ended, and whose body the server kept open
+    clock_error_s: float | None = None  # of its host's clock against the run's; None: the same
 
 
 class Window(Struct, frozen=True):

@@ -111,6 +111,19 @@ def misses(r: RequestRecord, slo: Slo) -> list[str]:
     return broke
 
 
+def strain(r: RequestRecord, slo: Slo) -> float | None:
+    """How near a request came to the limits: the largest of value over limit; over 1 it missed.
+    Infinite if it failed; None where no limit was measured, or we cancelled it."""
+    if r.outcome is Outcome.CANCELLED:
+        return None
+    if r.outcome not in (Outcome.OK, Outcome.ABANDONED):
+        return math.inf
+    parts = [value / limit for limit, value in (
+        (slo.ttft_s, ttft_s(r)), (slo.tpot_s, tpot_s(r)), (slo.itl_s, itl_max_s(r)),
+        (slo.e2e_s, e2e_s(r))) if limit and value is not None]
+    return max(parts, default=None)
+
+
 def is_lost(r: RequestRecord, slo: Slo) -> bool:
     """What came so far of a request that is still under way misses already, however it goes on.
     `end_ns` is now. TPOT: with all tokens that it may write it could not come back under."""
@@ -192,23 +205,44 @@ def _binomial_pmf(n: int, p: float) -> Floats:
 # ------------------------------------------------------------------------------- bounds of shares
 
 
-def lower_bound(k: int, n: int, confidence: float = 0.95) -> float:
-    """One-sided lower Clopper-Pearson bound of a share of which k of n were seen; 0 for n = 0."""
+def lower_bound(k: float, n: float, confidence: float = 0.95) -> float:
+    """One-sided lower Clopper-Pearson bound of a share of which k of n were seen; 0 for n = 0.
+    Counts need not be whole: a clumped sample is worth fewer requests than it has."""
     if k <= 0 or n <= 0:
         return 0.0
     # the smallest p under which seeing k or more has probability 1 − confidence
-    return _solve(lambda p: 1 - _cdf(k - 1, n, p) - (1 - confidence))
+    return _solve(lambda p: beta_cdf(p, k, n - k + 1) - (1 - confidence))
 
 
-def upper_bound(k: int, n: int, confidence: float = 0.95) -> float:
+def upper_bound(k: float, n: float, confidence: float = 0.95) -> float:
     """One-sided upper Clopper-Pearson bound; 1 for n = 0."""
     return 1 - lower_bound(n - k, n, confidence) if n > 0 else 1.0
 
 
-def _cdf(k: int, n: int, p: float) -> float:
-    if p <= 0 or k >= n:
-        return 1.0
-    return float(_binomial_pmf(n, min(p, 1 - 1e-15))[: k + 1].sum())
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction (Lentz's
+    method; DLMF 8.17.22)."""
+    if not 0 < x < 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - beta_cdf(1 - x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x)
+                     + b * math.log1p(-x)) / a
+    c, d = 1.0, 1 / _not_zero(1 - (a + b) * x / (a + 1))
+    value = d
+    for m in range(1, 10_000):
+        for term in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+                     -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
+            d = 1 / _not_zero(1 + term * d)
+            c = _not_zero(1 + term / c)
+            value *= c * d
+        if abs(c * d - 1) < 1e-13:
+            break
+    return front * value
+
+
+def _not_zero(x: float) -> float:
+    return x if abs(x) > 1e-300 else 1e-300
 
 
 def _solve(rising: Callable[[float], float]) -> float:

@@ -122,7 +122,8 @@ def target_options(command: Any) -> Any:
         click.option("--key", type=_FILE, metavar="FILE", help="The key of --cert."),
         click.option("--slo", "--goodput", "slos", multiple=True, metavar="NAME=LIMIT",
                      help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
-                     "or vLLM's ttft:1000 in ms."),
+                     "vLLM's ttft:1000 in ms, or a name: interactive-chat, code-completion, "
+                     "document-batch, mlperf-llama2-70b …"),
         click.option("--target", type=click.FloatRange(0.5, 0.9999), callback=finite, default=0.95,
                      show_default=True, help="Share of requests that must meet the SLO."),
         click.option("--seed", type=click.IntRange(0, 2**40), help="Same seed, same plan. "

@@ -1,50 +1,57 @@
 """The search for the largest safe load, as a pure reducer: what happened → what to do next.
 
 1. Ladder: levels upwards, each held as long as its answers take. Going up stops at a death, at
-   errors (lower bound of their share > 5 %), or at a level that is UNSAFE and brought < 5 % more
-   throughput than the one before. A level that is surely lost is left early.
-2. Confirm: the largest level that nothing contradicts is run again, with fresh prompts and seed,
-   for as many requests as a proof takes. Only these requests prove; the ladder only chooses.
-   Lost: the next lower level is confirmed, while the budget lasts.
+   errors (lower bound of their share > 5 %), or at a level that is lost; such a one is left early.
+   With what time is left in the end, levels past it are shown for the knee, while they bring 5 %
+   more throughput.
+2. Refine: between the largest level that looks safe and the smallest that does not, where the
+   budget allows. Where the next level lies is read off how near the limits came at both (`strain`);
+   if they tell nothing, it is halfway.
+3. Confirm: the largest level that nothing contradicts is run again and again, with fresh prompts
+   and seeds, until its confirmations together prove it or refute it, or it is seen that the budget
+   holds no proof: then the next lower one. Only these requests prove; all others only choose.
+4. Checks, where the budget is larger than the default's: a level of the ladder once more (did the
+   server drift?), a soak, Poisson and bursty arrivals at the equivalent rate, 1.3 times the load
+   and the way back.
 An INVALID leg is repeated once, then the search stops: the generator was the limit.
+
+What legs show is in `evidence`, how sure that is in `sequential`, how long things take in `pace`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
-from loadgen import metrics
-from loadgen.judge import Criteria, Judgement, LoadVerdict
+from loadgen import evidence, pace
+from loadgen.evidence import Conclusion, Pooled, candidate, conclude, pooled, status
+from loadgen.judge import Judgement
 from loadgen.leg import Axis, Leg, Phase
-from loadgen.scenario import Closed, Load, Open, PerSecond
+from loadgen.pace import SweepPlan
+from loadgen.scenario import Load
+
+__all__ = ["Begin", "Conclusion", "Pooled", "Restart", "RunLeg", "State", "Stop", "SweepPlan",
+           "candidate", "conclude", "pooled", "status", "step"]
 
 StopReason = Literal["CONFIRMED", "NO_SAFE_LEVEL", "BUDGET", "GENERATOR_LIMIT", "SERVER_DIED"]
 
 ERROR_STOP = 0.05
 GAIN_STOP = 0.05
+ENOUGH_N = 20  # requests after which a share under the target is no accident of the start
 MAX_RESTARTS = 2
-MAX_CONFIRMS = 2  # of one level without a result
-LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
-PROOF_N = 300  # requests that prove 0.95 at 95 % with up to 8 misses (2.7 %)
-PROOF_MARGIN = 1.1  # over the fewest that can prove: throughput is an estimate
-MIN_LEG_S = 7.0
-KNEE_WARMUP = 0.45  # of an answer: a level past the first lost one is only for the knee
-GROWTH, FULL_GROWTH = 1.25, 1.8  # of an answer's time from one level to the next
-LEG_OF_BUDGET = 0.07  # … but no level may eat the confirmation's time
-LEG_OF_E2E = 1.5  # a level is measured for this many answers: less would only see its start
-
-
-class SweepPlan(Struct, frozen=True):
-    """What the search may do. `levels` ascend; a rate's arrivals are Poisson."""
-
-    axis: Axis
-    levels: tuple[float, ...]
-    budget_s: float
-    seed: int
-    criteria: Criteria
-    can_restart: bool
+# Strain of the level to try, in the default budget and in larger ones: what is left is for chance.
+AIM: dict[Axis, tuple[float, float]] = {"concurrency": (0.89, 0.965), "rate": (0.76, 0.82)}
+BACK_OFF = 0.93  # … and after each level that was tried in vain, while there is little time
+FINEST, FINEST_LONG = 1.25, 1.05  # of `SweepPlan`, for the default budget and for larger ones
+CHECKS_SHARE = 0.42  # of a larger budget
+NEAR = 1.03  # levels closer than this are one
+FAR_OFF: dict[Axis, float] = {"concurrency": 0.5, "rate": 0.4}  # of the limits
+OVERLOAD = 1.3
+HELD: dict[Phase, float] = {  # share of the budget for which a check is held
+    "reference": 0.02, "soak": 0.20, "poisson": 0.05, "burst": 0.05, "overload": 0.03,
+    "recover": 0.03}
 
 
 class State(Struct, frozen=True):
@@ -77,6 +84,10 @@ Event = Begin | Judgement
 Action = RunLeg | Restart | Stop
 
 
+def finest_of(budget_s: float) -> float:
+    return FINEST if budget_s < pace.MANY else FINEST_LONG
+
+
 def step(state: State, event: Event, spent_s: float) -> tuple[State, Action]:
     """The new state and what to do. `spent_s`: time since the sweep began. An Event of a leg
     during which the server died carries `died`."""
@@ -98,22 +109,27 @@ def _decide(state: State, spent_s: float) -> Action:
     plan, history = state.plan, state.history
     if history and history[-1].measurement == "INVALID" and not history[-1].died:
         return _again(state)
-    tested = [j for j in history if j.measurement != "INVALID" or j.died]
-    above = [x for x in plan.levels if not tested or x > max(j.value for j in tested)]
-    level = candidate(tested, plan.criteria)
-    if tested and level is None:
-        return Stop("NO_SAFE_LEVEL", f"even {plan.levels[0]:g} is not safe")
-    if above and not any(j.phase == "confirm" for j in tested) and _goes_up(
-            plan, tested, above[0], spent_s):
-        return RunLeg(_leg(state, above[0], "ladder", _ladder_s(plan, tested, above[0]), tested))
-    assert level is not None
-    if status(tested, level, plan.criteria) == "SAFE":
-        return Stop("CONFIRMED", f"{level:g} is confirmed")
-    proof_s = _proof_s(plan, tested, level, plan.budget_s - spent_s)
-    if proof_s is None:
-        return Stop("BUDGET", f"what is left of {plan.budget_s:.0f} s is too short to confirm "
-                    f"{level:g}; give more with --budget")
-    return RunLeg(_leg(state, level, "confirm", proof_s, tested))
+    tested = evidence.usable(history)
+    if tested and candidate(tested, plan.criteria) is None:
+        return Stop("NO_SAFE_LEVEL", f"even {min(j.value for j in tested):g} is not safe")
+    above = _above(plan, tested)
+    if above is not None and _goes_up(plan, tested, above, spent_s):
+        return _run(state, tested, above, "ladder", pace.ladder_s(plan, tested, above))
+    action = _near_the_edge(state, tested, plan.budget_s - spent_s)
+    if above is not None and isinstance(action, Stop) and _shows_the_knee(
+            plan, tested, above, plan.budget_s - spent_s):
+        return _run(state, tested, above, "ladder", pace.ladder_s(plan, tested, above))
+    return action
+
+
+def _above(plan: SweepPlan, tested: Sequence[Judgement]) -> float | None:
+    """The ladder's next level. Far under the limits each second one is passed over while time is
+    short; and of rates always: few requests come there, and no knee is drawn of them."""
+    higher = [x for x in plan.levels if not tested or x > max(j.value for j in tested)]
+    hurries = plan.finest is not None and (plan.axis == "rate" or plan.budget_s < pace.MANY)
+    skips = hurries and len(higher) > 1 and bool(tested) and (
+        tested[-1].strain or 1.0) < FAR_OFF[plan.axis]
+    return higher[skips] if higher else None
 
 
 def _again(state: State) -> Action:
@@ -125,9 +141,15 @@ def _again(state: State) -> Action:
         why = next(f for f in last.findings if f.verdict == "INVALID")
         return Stop("GENERATOR_LIMIT",
                     f"{last.value:g} could not be measured: {why.says}; {why.remedy}")
-    valid = [j for j in state.history if j.measurement != "INVALID"]
-    phase: Phase = "confirm" if last.phase == "confirm" else "ladder"
-    return RunLeg(_leg(state, last.value, phase, last.window_s, valid))
+    tested = evidence.usable(state.history)
+    return _run(state, tested, last.value, last.phase, last.window_s,
+                _load(state.plan, tested, last.phase))
+
+
+def _run(state: State, tested: Sequence[Judgement], value: float, phase: Phase,
+         measure_s: float, load: Load | None = None) -> RunLeg:
+    return RunLeg(pace.leg(state.plan, tested, state.legs, value, phase, measure_s, state.history,
+                           load))
 
 
 def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], above: float, spent_s: float) -> bool:
@@ -135,179 +157,165 @@ def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], above: float, spent_s
     if not tested:
         return True
     last = tested[-1]
-    if last.died or last.error_lower > ERROR_STOP:
+    if last.phase != "ladder" or last.died or last.error_lower > ERROR_STOP or _is_lost(
+            plan, tested, last):
         return False
-    before = tested[-2].achieved_rps if len(tested) > 1 else 0.0
-    if last.load == "UNSAFE" and last.achieved_rps < (1 + GAIN_STOP) * before:
-        return False
-    answer_s = _answer_s(plan, tested, above)
-    cost_s = answer_s + MIN_LEG_S  # a lost level takes its warm-up and a little more
-    if last.load != "UNSAFE":
-        cost_s = 2 * answer_s + _ladder_s(plan, tested, above)
-    known_rps = before if last.load == "UNSAFE" else last.achieved_rps
+    answer_s = pace.answer_s(plan, tested, above)
+    cost_s = 2 * answer_s + pace.ladder_s(plan, tested, above)
+    known_rps = last.achieved_rps
     left_s = plan.budget_s - spent_s
-    if left_s * known_rps < (metrics.needed_n(plan.criteria.target, 0.0) or 0):
+    if left_s * known_rps < pace.least_proof_n(plan.criteria):
         return left_s > cost_s  # nothing can be proven here; higher up answers come faster
-    proof_s = min(PROOF_N / max(known_rps, 0.1), plan.budget_s / 3) + answer_s
+    proof_s = min(1.5 * pace.PROOF_N / max(known_rps, 0.1), plan.budget_s / 3) + 3 * answer_s
     return left_s > cost_s + proof_s
 
 
-def _ladder_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> float:
-    """How long a level of the ladder is measured, s."""
-    return max(MIN_LEG_S, min(LEG_OF_E2E * _answer_s(plan, tested, value),
-                              LEG_OF_BUDGET * plan.budget_s))
+def _is_lost(plan: SweepPlan, tested: Sequence[Judgement], j: Judgement) -> bool:
+    return j.load == "UNSAFE" or (j.n >= ENOUGH_N and not evidence.looks_good(
+        tested, j.value, plan.criteria))
 
 
-def _answer_s(plan: SweepPlan, tested: Sequence[Judgement], value: float) -> float:
-    """What an answer will take at `value`, s; for pacing, so a guess will do. In a closed loop
-    twice the load makes it a little longer, and almost twice as long once the server is full."""
-    took = [j for j in tested if j.answer_s]
-    if not took or took[-1].answer_s is None:
-        return 1.0
-    if plan.axis == "rate" or value <= took[-1].value:
-        return took[-1].answer_s
-    return took[-1].answer_s * (FULL_GROWTH if took[-1].load == "UNSAFE" else GROWTH)
-
-
-def _proof_s(plan: SweepPlan, tested: Sequence[Judgement], level: float,
-             left_s: float) -> float | None:
-    """How long to confirm `level`, s; None if the rest of the budget cannot hold a proof, not even
-    one without misses. A room that just holds one is used: it proves or it does not, and nothing
-    else could be done with it."""
-    here = [j for j in tested if j.value == level]
-    answer_s = max((j.answer_s or 1.0 for j in here), default=1.0)
-    least_s = max(MIN_LEG_S, LEG_OF_E2E * answer_s)
-    rps = max(0.01, *(j.achieved_rps for j in here))
-    if _looks_good(tested, level, plan.criteria):  # to refute takes few, to prove takes many
-        least_n = metrics.needed_n(plan.criteria.target, 0.0, plan.criteria.confidence) or 0
-        least_s = max(least_s, PROOF_MARGIN * least_n / rps)
-    wanted_s = max(least_s, PROOF_N / rps)
-    room_s = left_s - max(1.0, answer_s) - 1.5 * answer_s  # warm-up, and the last answers
-    return min(wanted_s, room_s) if room_s >= least_s else None
-
-
-def _leg(state: State, value: float, phase: Phase, measure_s: float,
-         tested: Sequence[Judgement]) -> Leg:
-    """Warm-up: over it a closed loop's slots start one by one, for as long as an answer takes;
-    in a shorter one their prompts crowd each other, which the measured requests would feel."""
-    plan = state.plan
-    replicate = sum(j.value == value and j.phase == phase for j in state.history)
-    here = [j.answer_s for j in tested if j.value == value and j.answer_s]
-    answer_s = here[-1] if here else _answer_s(plan, tested, value)
-    lost = any(j.load == "UNSAFE" for j in tested)
-    share = KNEE_WARMUP if lost and phase == "ladder" else 1.0
-    warmup_s = max(1.0, min(share * answer_s, 1.2 * LEG_OF_BUDGET * plan.budget_s))
-    load: Load = (Closed(concurrency=int(value)) if plan.axis == "concurrency"
-                  else Open(rate_rps=PerSecond(value)))
-    return Leg(id=f"{phase}-{value:g}-r{replicate}", axis=plan.axis, value=value, phase=phase,
-               replicate=replicate, seed=plan.seed * 10_000 + state.legs, load=load,
-               warmup_s=round(warmup_s, 3), measure_s=round(measure_s, 3),
-               cut_below=plan.criteria.target)
-
-
-# ------------------------------------------------------------------------------------- conclusion
-
-
-class Pooled(Struct, frozen=True):
-    """What the confirmations of one level show together."""
-
-    value: float
-    good: int
-    n: int
-    lower: float
-    upper: float
-    load: LoadVerdict
-
-
-class Conclusion(Struct, frozen=True):
-    """The sweep's answer. `safe`: largest safe level; `unsafe`: smallest unsafe one;
-    `at_least`: nothing above was shown to be unsafe."""
-
-    axis: Axis
-    load: LoadVerdict
-    safe: float | None
-    unsafe: float | None
-    at_least: bool
-    proof: Pooled | None
-    suspect: bool
-    reasons: list[str]
-    target: float
-    confidence: float
-
-
-def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Pooled | None:
-    """Confirmations of `level` taken together; the ladder's requests chose it, so they do not
-    count. None: it was not confirmed yet."""
-    legs = [j for j in judged if j.value == level and j.phase == "confirm"
-            and j.measurement != "INVALID"]
-    if not legs:
-        return None
-    good, n = sum(j.good for j in legs), sum(j.n for j in legs)
-    lower = metrics.lower_bound(good, n, criteria.confidence)
-    upper = metrics.upper_bound(good, n, criteria.confidence)
-    load: LoadVerdict = "UNRESOLVED"
-    if upper < criteria.target or any(j.load == "UNSAFE" for j in legs):
-        load = "UNSAFE"
-    elif lower >= criteria.target:
-        load = "SAFE"
-    return Pooled(level, good, n, lower, upper, load)
-
-
-def status(judged: Sequence[Judgement], level: float, criteria: Criteria) -> LoadVerdict:
-    """What all legs of a level say: UNSAFE if one of them does, or the server died at it, or its
-    confirmations taken together refute it; SAFE only by its confirmations."""
-    if any(j.load == "UNSAFE" or j.died for j in judged if j.value == level):
-        return "UNSAFE"
-    proof = pooled(judged, level, criteria)
-    return proof.load if proof is not None else "UNRESOLVED"
-
-
-def candidate(judged: Sequence[Judgement], criteria: Criteria) -> float | None:
-    """The level to confirm next: the largest that neither it nor a lower one contradicts and that
-    looks good; if none does, the lowest that is not contradicted."""
-    open_levels = []
-    for level in sorted({j.value for j in judged}):
-        if status(judged, level, criteria) == "UNSAFE":
-            break
-        open_levels.append(level)
-    good = [x for x in open_levels if _looks_good(judged, x, criteria)]
-    return max(good, default=min(open_levels, default=None))
-
-
-def _looks_good(judged: Sequence[Judgement], level: float, criteria: Criteria) -> bool:
-    """Its share of good requests is at the target, or one miss under it, which with so few is
-    luck. Confirmations, where there are any, speak alone; after two that settled nothing a lower
-    level is the better use of the time."""
-    legs = [j for j in judged if j.value == level and j.measurement != "INVALID"]
-    confirmed = [j for j in legs if j.phase == "confirm"]
-    if len(confirmed) >= MAX_CONFIRMS and status(judged, level, criteria) != "SAFE":
+def _shows_the_knee(plan: SweepPlan, tested: Sequence[Judgement], above: float,
+                    left_s: float) -> bool:
+    """With the time that is left: a level past the lost ones, while throughput grows."""
+    ladder = [j for j in tested if j.phase == "ladder"]
+    if len(ladder) < 2 or any(j.died or j.error_lower > ERROR_STOP for j in tested):
         return False
-    good, n = (sum(j.good for j in confirmed or legs), sum(j.n for j in confirmed or legs))
-    return n > 0 and good / n >= criteria.target - LUCK and good + 1 >= criteria.target * n
+    last, before = ladder[-1], ladder[-2]
+    if not _is_lost(plan, tested, last) or (
+            last.achieved_rps < (1 + GAIN_STOP) * before.achieved_rps):
+        return False
+    answer_s = pace.answer_s(plan, tested, above)  # a lost level is left early
+    return left_s > 2 * answer_s + pace.MIN_LEG_S
 
 
-def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Conclusion:
-    """The answer that these legs give. The same from a running sweep and from a run folder."""
-    usable = [j for j in judged if j.measurement != "INVALID" or j.died]
-    levels = sorted({j.value for j in usable})
-    unsafe = next((x for x in levels if status(usable, x, criteria) == "UNSAFE"), None)
-    proofs = [p for x in levels if (unsafe is None or x < unsafe)
-              and (p := pooled(usable, x, criteria)) is not None]
-    best = max((p for p in proofs if p.load == "SAFE"), key=lambda p: p.value, default=None)
-    load: LoadVerdict = "UNRESOLVED"
-    if best is not None:
-        load = "SAFE"
-    elif unsafe is not None and unsafe == levels[0]:
-        load = "UNSAFE"
-    shown = best or max(proofs, key=lambda p: p.value, default=None)
-    return Conclusion(
-        axis=axis, load=load, safe=best.value if best else None, unsafe=unsafe,
-        at_least=best is not None and unsafe is None, proof=shown,
-        suspect=any(j.measurement == "SUSPECT" for j in usable
-                    if best is not None and j.value == best.value and j.phase == "confirm"),
-        reasons=_why(usable, unsafe), target=criteria.target, confidence=criteria.confidence)
+# ------------------------------------------------------------------------------------- the edge
 
 
-def _why(usable: Sequence[Judgement], unsafe: float | None) -> list[str]:
-    first = [j for j in usable if j.value == unsafe and j.load == "UNSAFE"]
-    return [f"at {j.value:g}: {reason}" for j in first[:1] for reason in j.reasons]
+def _near_the_edge(state: State, tested: Sequence[Judgement], left_s: float) -> Action:
+    """Between what looks safe and what does not. What is being confirmed is confirmed to its end;
+    then a level between; then those of the ladder, from the top."""
+    plan = state.plan
+    safe = evidence.proven(tested, plan.criteria)
+    spare_s = left_s - (CHECKS_SHARE * plan.budget_s if _has_checks(plan) else 0.0)
+    room_s = spare_s if safe is not None else max(spare_s, left_s)
+    hopes = [x for x in evidence.promising(tested, plan.criteria) if safe is None or x > safe]
+    if not hopes and safe is None:  # nothing looks good: what is not contradicted is looked at
+        hopes = [x for x in [candidate(tested, plan.criteria)] if x is not None]
+    begun = [x for x in hopes if any(j.value == x and j.phase == "confirm" for j in tested)]
+    if (found := _confirm(state, tested, begun[::-1], room_s)) is not None:
+        return found
+    if (found := _between_or_below(state, tested, hopes, begun, room_s)) is not None:
+        return found
+    if plan.budget_s >= pace.MANY:  # those given up get what nobody else wants
+        for level in reversed(begun):
+            measure_s = pace.leg_s(plan, tested, level)
+            if pace.cost_s(plan, tested, level, measure_s) <= room_s:
+                return _run(state, tested, level, "confirm", measure_s)
+    if safe is None:
+        level = candidate(tested, plan.criteria) or 0.0
+        return Stop("BUDGET", f"what is left of {plan.budget_s:.0f} s is too short to confirm "
+                    f"{level:g}; give more with --budget")
+    return _checks(state, tested, safe, left_s)
+
+
+def _confirm(state: State, tested: Sequence[Judgement], levels: Sequence[float],
+             room_s: float) -> Action | None:
+    """A leg that proves the first of these levels whose proof can be had."""
+    for level in levels:
+        if (measure_s := pace.proof_s(state.plan, tested, level, room_s)) is not None:
+            return _run(state, tested, level, "confirm", measure_s)
+    return None
+
+
+def _between_or_below(state: State, tested: Sequence[Judgement], hopes: Sequence[float],
+                      begun: Sequence[float], room_s: float) -> Action | None:
+    """What nobody confirmed yet. Levels that were begun are given up by now."""
+    plan, fresh = state.plan, [x for x in hopes if x not in begun]
+    tries = fresh[::-1]
+    if (low := max(fresh, default=evidence.proven(tested, plan.criteria))) is not None:
+        middle, guided = _between(plan, tested, low)
+        if middle and not guided and _is_worth_a_look(plan, tested, middle, low, room_s):
+            return _run(state, tested, middle, "refine", pace.refine_s(plan, tested, middle))
+        if middle:
+            tries.insert(0 if guided else len(tries), middle)
+    return _confirm(state, tested, tries, room_s)
+
+
+def _is_worth_a_look(plan: SweepPlan, tested: Sequence[Judgement], middle: float, low: float,
+                     left_s: float) -> bool:
+    """What a short leg there leaves holds a proof, of what is surely there or of what may be."""
+    is_safe = low == evidence.proven(tested, plan.criteria)
+    look_s = pace.cost_s(plan, tested, middle, pace.refine_s(plan, tested, middle))
+    return left_s - look_s >= pace.proof_wanted_s(plan, tested, middle if is_safe else low)
+
+
+def _between(plan: SweepPlan, tested: Sequence[Judgement],
+             low: float) -> tuple[float | None, bool]:
+    """A level between the best one and the next that does not look safe, a little under where the
+    limits are reached; and whether that was read off the levels, or is but their middle. None: it
+    is not worth it."""
+    high = min((x for x in evidence.levels_of(tested) if x > low), default=None)
+    if plan.finest is None or high is None:
+        return None, False
+    safe = evidence.proven(tested, plan.criteria)
+    tried = {j.value for j in tested if j.phase == "confirm" and j.value > (safe or low)}
+    short, long = AIM[plan.axis]
+    aim = short * BACK_OFF ** len(tried) if plan.budget_s < pace.MANY else long
+    value, guided = evidence.crossing(tested, high, aim), True
+    if value is None:
+        value, guided = math.sqrt(low * high), False
+    value = min(value, low * (high / low) ** 0.9)
+    value = float(math.floor(value)) if plan.axis == "concurrency" else float(f"{value:.3g}")
+    least = low if safe == low or not guided else 0.0  # what is not proven may be left for less
+    if high <= plan.finest * low and (not guided or value >= low / NEAR):
+        return None, False
+    known = [x for x in evidence.levels_of(tested) if x / NEAR < value < x * NEAR]
+    if value <= least * NEAR or value <= (safe or 0.0) or known:
+        return None, False
+    return value, guided
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _has_checks(plan: SweepPlan) -> bool:
+    return plan.checks and plan.budget_s >= pace.MANY
+
+
+def _checks(state: State, tested: Sequence[Judgement], safe: float, left_s: float) -> Action:
+    """What is tried once there is an answer, in this order, each if it still fits."""
+    plan = state.plan
+    done = {j.phase for j in tested}
+    for kind in evidence.CHECKS if _has_checks(plan) else ():
+        if kind in done or (kind == "poisson" and plan.axis == "rate") or (
+                kind == "recover" and "overload" not in done):
+            continue
+        value = {"overload": _over(plan, safe), "reference": _reference(tested, safe)}.get(
+            kind, safe)
+        held_s = max(HELD[kind] * plan.budget_s,
+                     pace.LEG_OF_E2E * pace.answer_s(plan, tested, value))
+        if pace.cost_s(plan, tested, value, held_s) <= left_s:
+            return _run(state, tested, value, kind, held_s, _load(plan, tested, kind, safe))
+    return Stop("CONFIRMED", f"{safe:g} is confirmed")
+
+
+def _over(plan: SweepPlan, safe: float) -> float:
+    return float(math.ceil(OVERLOAD * safe)) if plan.axis == "concurrency" else OVERLOAD * safe
+
+
+def _reference(tested: Sequence[Judgement], safe: float) -> float:
+    """The largest level of the ladder that is not above the safe one: it was seen at the start."""
+    return max((j.value for j in tested if j.phase == "ladder" and j.value <= safe), default=safe)
+
+
+def _load(plan: SweepPlan, tested: Sequence[Judgement], kind: Phase,
+          safe: float | None = None) -> Load | None:
+    """Of the checks with arrivals of their own; None: the level's."""
+    if kind not in ("poisson", "burst"):
+        return None
+    level = evidence.proven(tested, plan.criteria) if safe is None else safe
+    if level is None:
+        return None
+    return pace.open_load(pace.rps(plan, tested, level) if plan.axis == "concurrency" else level,
+                          "poisson" if kind == "poisson" else "gamma")

@@ -21,6 +21,7 @@ from loadgen.config import enc_hook as enc_hook
 from loadgen.config import nearest
 from loadgen.config import to_plain as to_plain
 from loadgen.errors import ScenarioError
+from loadgen.presets import SLOS as PRESETS
 
 Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
 Count = Annotated[int, Meta(ge=1)]
@@ -244,7 +245,7 @@ def load(name: str) -> Scenario:
 
 def parse(raw: object, where: str) -> Scenario:
     """A checked Scenario of plain data (a TOML file's, a manifest's)."""
-    scenario = convert(raw, Scenario, where)
+    scenario = convert(_named_slos(raw, where), Scenario, where)
     names = [c.name for c in scenario.classes]
     if len(set(names)) < len(names):
         raise ScenarioError(f"{where}: classes: two of them have one name ({', '.join(names)}); "
@@ -271,6 +272,26 @@ def parse(raw: object, where: str) -> Scenario:
     return scenario
 
 
+def _named_slos(raw: object, where: str) -> object:
+    """The same with limits in the place of their name, of the scenario and of its classes."""
+    if not isinstance(raw, dict):
+        return raw
+    found = dict(raw)
+    if isinstance(found.get("slo"), str):
+        found["slo"] = _preset(found["slo"], f"{where}: slo")
+    if isinstance(found.get("classes"), list):
+        found["classes"] = [_named_slos(c, where) for c in found["classes"]]
+    return found
+
+
+def _preset(name: str, where: str) -> dict[str, str]:
+    """The limits of that name. Raises ScenarioError."""
+    if name not in PRESETS:
+        raise ScenarioError(f"{where}: no limits are named {name!r}{nearest(name, [*PRESETS])}; "
+                            f"known are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 def longest(length: Length) -> int:
     if isinstance(length, int):
         return length
@@ -278,9 +299,13 @@ def longest(length: Length) -> int:
 
 
 def parse_slo(text: str) -> Slo:
-    """`ttft=1s,tpot=50ms`, or vLLM's `ttft:1000` (milliseconds), as an Slo."""
+    """`ttft=1s,tpot=50ms`, or vLLM's `ttft:1000` (milliseconds), or a preset's name, as an Slo; of
+    several the last wins where they say the same."""
     raw: dict[str, str] = {}
     for part in re.split(r"[,\s]+", text.strip()):
+        if re.fullmatch(r"[a-z][a-z0-9.-]*-[a-z0-9.-]*", part):
+            raw.update(_preset(part, "--slo"))
+            continue
         key, eq, value = part.partition("=")
         if not eq:
             key, colon, value = part.partition(":")

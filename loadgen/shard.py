@@ -46,6 +46,7 @@ class Setup(Struct, frozen=True):
     target: Target
     ratios: dict[str, Ratio]
     parent_pid: int
+    lease_s: float = LEASE_S
 
 
 class Command(Struct, frozen=True, omit_defaults=True):
@@ -110,6 +111,7 @@ class Shard:
         self.running: LegRun | None = None
         self._hush = Hush()
         self.leased_ns = now_ns()
+        self._lease_s = setup.lease_s
 
     def begin(self, leg: Leg, t0_ns: int) -> LegRun:
         """From here on `running` takes stop and cancel."""
@@ -143,7 +145,7 @@ class Shard:
             await asyncio.sleep((beat_ns - now_ns()) / 1e9)
             now = now_ns()
             self._pulse.beat(beat_ns - round(PROBE_S * 1e9), now, self.work.client.flown_ns())
-            expired = expired + 1 if (now - self.leased_ns) / 1e9 > LEASE_S else 0
+            expired = expired + 1 if (now - self.leased_ns) / 1e9 > self._lease_s else 0
             if expired > 1 / PROBE_S:  # not right after a stall, that the parent had as well
                 run.error = GeneratorError("no lease from the parent: it is stopped or gone")
                 run.cancel()
@@ -226,7 +228,9 @@ async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
 
 
 async def _main(lines: asyncio.StreamReader) -> None:
-    setup = msgspec.json.decode(await lines.readline(), type=Setup)
+    if not (line := await lines.readline()):
+        return  # started ahead of its work, and none came
+    setup = msgspec.json.decode(line, type=Setup)
     child.die_with_parent(setup.parent_pid)
     raise_fd_limit()
     await _serve(setup, lines)

@@ -34,6 +34,18 @@ SCHEMA = 1
 T = TypeVar("T")
 
 
+class Worker(Struct, frozen=True):
+    """One host's part of a run on many. Its shards stamp with its own monotonic clock, which is
+    `offset_ns` ahead of the master's, give or take `error_ns`; journals hold its stamps, and
+    `RunFolder.records` gives them on the master's clock."""
+
+    name: str
+    shards: list[int]
+    offset_ns: int
+    error_ns: int
+    host: dict[str, Any]
+
+
 class Manifest(Struct, frozen=True):
     """What was asked, of what, with what. Holds no secret."""
 
@@ -54,6 +66,7 @@ class Manifest(Struct, frozen=True):
     processes: int = 1
     calibration: Calibration | None = None  # that was in force; of one generator process
     plan: dict[str, Any] | None = None  # of a search: levels, budget …; `--resume` goes on with it
+    workers: list[Worker] = []  # of a fleet
 
 
 class Header(Struct, frozen=True):
@@ -102,14 +115,21 @@ class LegLine(Struct, frozen=True, omit_defaults=True):
 
 
 class Apart(Struct, frozen=True):
-    """What a run's resumptions say of a line in a journal."""
+    """What a run's resumptions, and the clocks of a fleet's hosts, say of a line in a journal.
+    `ahead_ns`: by file, how far the clock of its host is ahead of the run's."""
 
     resumed: list[Resumed]
+    ahead_ns: dict[str, int] = {}
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is anything to say."""
+        return bool(self.resumed or self.ahead_ns)
 
     def of(self, name: str, start: int, leg: str) -> tuple[str, int]:
         """For the line at byte `start` of the file `name`: the leg's id, which is another one if
         the leg was cut there, and what is to be added to its stamps."""
-        shift_ns = 0
+        shift_ns = -self.ahead_ns.get(name, 0)
         for k, r in enumerate(self.resumed, 1):
             if start >= r.sizes.get(name, 0):
                 shift_ns += r.shift_ns
@@ -251,7 +271,7 @@ class RunFolder:
                 if not line.startswith(b'{"schema":'):
                     record = self.decoded(line)
                     if record is not None:
-                        if apart.resumed:
+                        if apart.moves:
                             record.leg, shift_ns = apart.of(path.name, end - len(line), record.leg)
                             record.shift(shift_ns)
                         yield record
@@ -283,7 +303,11 @@ class RunFolder:
         return [(x, windows.get(x.id)) for x in legs]
 
     def apart(self) -> Apart:
-        return Apart([x.resumed for x in self.leg_lines() if x.resumed])
+        there = (self.path / "manifest.json").exists()
+        return Apart([x.resumed for x in self.leg_lines() if x.resumed], {
+            self.records_path(shard).name: worker.offset_ns
+            for worker in (self.manifest().workers if there else ())
+            for shard in worker.shards if worker.offset_ns})
 
     def leg_lines(self) -> list[LegLine]:
         """All that legs.jsonl says, in its order."""

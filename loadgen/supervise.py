@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -226,37 +226,46 @@ class Shards:
         return self._spoiled() or next((why for why in failed if why), None)
 
     def _progress(self, leg: Leg, t0_ns: int) -> Progress:
-        frames = [s.frame for s in self._shards if s.frame.leg == leg.id]
-        outcomes: dict[str, int] = {}
-        for f in frames:
-            for name, count in f.outcomes.items():
-                outcomes[name] = outcomes.get(name, 0) + count
-        return Progress(
-            leg, max(0.0, (now_ns() - t0_ns) / 1e9), inflight=sum(f.inflight for f in frames),
-            done=sum(f.done for f in frames), done_good=sum(f.done_good for f in frames),
-            sampled=sum(f.sampled for f in frames),
-            good=sum(f.good for f in frames), outcomes=outcomes,
-            stopping=self._interrupts > 0, streams=sum(f.streams for f in frames),
-            silent_s=min((f.silent_s for f in frames if f.inflight), default=0.0),
-            usual_s=max((f.usual_s for f in frames), default=0.0))
+        return together(leg, max(0.0, (now_ns() - t0_ns) / 1e9), [s.frame for s in self._shards],
+                        self._interrupts > 0)
 
     def _window(self, leg: Leg, t0_ns: int, ending: Ending, note: str | None) -> Window:
-        """The sample's window: as planned, or to where the leg was stopped or ended."""
-        frames = [s.frame for s in self._shards]
-        from_ns = t0_ns + round(leg.warmup_s * 1e9)
-        end_ns = now_ns()
-        stops = [f.stopped_ns for f in frames if f.stopped_ns is not None]
-        to_ns = end_ns  # of so many sessions: to the last answer's end
-        if leg.measure_s is not None and leg.num_sessions is None:
-            to_ns = from_ns + round(leg.measure_s * 1e9)
-        to_ns = max(from_ns, min([to_ns, end_ns, *stops]))
-        shards = [f.health for f in frames if f.health is not None]
-        return Window(
-            leg=leg.id, t0_ns=t0_ns, from_ns=from_ns, to_ns=to_ns, end_ns=end_ns, ending=ending,
-            stalls=sorted(x for f in frames for x in f.stalls),
-            lag_p99_s=max((h.lag_p99_s for h in shards if h.lag_p99_s is not None), default=None),
-            cpu_frac=max((h.cpu_frac for h in shards if h.cpu_frac is not None), default=None),
-            records=sum(f.done for f in frames), note=note, shards=shards, alone=True)
+        return window_of(leg, t0_ns, now_ns(), [s.frame for s in self._shards], ending, note)
+
+
+def together(leg: Leg, elapsed_s: float, frames: Sequence[Frame], stopping: bool) -> Progress:
+    """What all shards' last frames say of the running leg; those of another leg say nothing."""
+    frames = [f for f in frames if f.leg == leg.id]
+    outcomes: dict[str, int] = {}
+    for f in frames:
+        for name, count in f.outcomes.items():
+            outcomes[name] = outcomes.get(name, 0) + count
+    return Progress(
+        leg, elapsed_s, inflight=sum(f.inflight for f in frames),
+        done=sum(f.done for f in frames), done_good=sum(f.done_good for f in frames),
+        sampled=sum(f.sampled for f in frames), good=sum(f.good for f in frames),
+        outcomes=outcomes, stopping=stopping, streams=sum(f.streams for f in frames),
+        silent_s=min((f.silent_s for f in frames if f.inflight), default=0.0),
+        usual_s=max((f.usual_s for f in frames), default=0.0))
+
+
+def window_of(leg: Leg, t0_ns: int, end_ns: int, frames: Sequence[Frame], ending: Ending,
+              note: str | None) -> Window:
+    """The sample's window: as planned, or to where the leg was stopped or ended. All instants are
+    of one clock."""
+    from_ns = t0_ns + round(leg.warmup_s * 1e9)
+    stops = [f.stopped_ns for f in frames if f.stopped_ns is not None]
+    to_ns = end_ns  # of so many sessions: to the last answer's end
+    if leg.measure_s is not None and leg.num_sessions is None:
+        to_ns = from_ns + round(leg.measure_s * 1e9)
+    to_ns = max(from_ns, min([to_ns, end_ns, *stops]))
+    shards = [f.health for f in frames if f.health is not None]
+    return Window(
+        leg=leg.id, t0_ns=t0_ns, from_ns=from_ns, to_ns=to_ns, end_ns=end_ns, ending=ending,
+        stalls=sorted(x for f in frames for x in f.stalls),
+        lag_p99_s=max((h.lag_p99_s for h in shards if h.lag_p99_s is not None), default=None),
+        cpu_frac=max((h.cpu_frac for h in shards if h.cpu_frac is not None), default=None),
+        records=sum(f.done for f in frames), note=note, shards=shards, alone=True)
 
 
 def is_lost(leg: Leg, done: int, good: int, elapsed_s: float) -> bool:

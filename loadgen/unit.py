@@ -10,7 +10,8 @@ from msgspec import Struct
 from loadgen.errors import ServerError
 from loadgen.judge import Judgement
 from loadgen.leg import Leg
-from loadgen.ramp import LEG_OF_E2E, MIN_LEG_S, Begin, Event, Restart, RunLeg, SweepPlan
+from loadgen.pace import LEG_OF_E2E, MIN_LEG_S
+from loadgen.ramp import Begin, Event, Restart, RunLeg, SweepPlan
 from loadgen.scenario import Closed, Scenario
 from loadgen.sweep import Executor, SweepResult, run_one
 

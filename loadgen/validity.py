@@ -47,6 +47,7 @@ REUSED_SUSPECT = 0.05  # of the prompts' tokens, more than the scenario declares
 REUSED_INVALID = 0.10  # … a tenth of the prefill was not done, and TTFT and throughput flatter
 REUSED_TOK = 64  # a chat template's words, in whole blocks, are the same in every prompt
 REUSED_LITTLE = 0.5  # of what is declared: the cache is off, or too small for the load
+CLOCK_SUSPECT_S = 0.010  # a worker's clock against the master's: curves are joined by it
 VOID_INVALID = 0.5  # a leg that lost half of its sample to host stalls is no measurement
 PROMPT_OFF = 0.15  # prompts this far from the wanted length are another load …
 PROMPT_OFF_TOK = 32  # … unless it is but a chat template's words
@@ -187,6 +188,12 @@ def _shards(window: Window) -> list[Finding]:
             "fd-limit", "SUSPECT", f"{_process(full[0])} had {full[0].fds} of {full[0].fd_limit} "
             "descriptors open: a few connections more would be dropped",
             "raise `ulimit -n` (its hard limit, too), or use more generator processes"))
+    errors_s = [h.clock_error_s for h in window.shards if h.clock_error_s is not None]
+    if errors_s and max(errors_s) > CLOCK_SUSPECT_S:
+        found.append(Finding(
+            "clock-error", "SUSPECT", f"a worker's clock is known to {1000 * max(errors_s):.0f} ms "
+            "only: what its requests add to curves over time may be off by that (latencies are "
+            "not: each is of one clock)", "a shorter way between master and workers"))
     return found
 
 

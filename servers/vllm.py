@@ -100,7 +100,8 @@ def _environment() -> dict[str, str]:
 
 
 def _scheduler_config(base_url: str) -> dict[str, Any]:
-    """What vLLM chose where it was not told, of versions that say it in dev mode."""
+    """What vLLM chose where it was not told, of versions that say it in dev mode; {} also of 0.32
+    in a Python without pip, which answers 500 there."""
     try:
         with urllib.request.urlopen(f"{base_url}/server_info?config_format=json",
                                     timeout=INFO_S) as answer:

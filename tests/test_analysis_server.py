@@ -89,6 +89,16 @@ def test_the_report_has_tables_of_states_and_gpus(path: Path, run: Run) -> None:
     assert "over after load" in page
 
 
+def test_a_leg_that_was_over_before_the_first_sample_has_no_figures(tmp_path: Path) -> None:
+    folder = synthetic.write(tmp_path / "r", levels=(1,), confirm=None)
+    (folder / "telemetry-gpu.jsonl").write_bytes(b"")
+    RunFolder(folder).telemetry("gpu").append(
+        Row("gpu", 1, "memory_used_bytes", 2.0, {"index": "0"}))
+    short = frame.load(folder)
+    assert gpus.sentence(short) is None
+    assert "The server’s GPUs" in report.write(short).read_text(encoding="utf-8")
+
+
 def test_a_run_without_any_of_it_says_nothing(tmp_path: Path) -> None:
     folder = synthetic.write(tmp_path / "r", levels=(1,), confirm=None)
     (folder / "telemetry-gpu.jsonl").unlink()

@@ -17,7 +17,7 @@ HOUSE = ("loadgen", "servers", "analysis")
 ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
-    "scenario": "config errors",
+    "scenario": "config errors presets", "presets": "",
     "prompts": "scenario texts",
     "leg": "scenario",
     "stages": "scenario",
@@ -27,10 +27,13 @@ ALLOWED = {
     "metrics": "record scenario",
     "balance": "leg metrics record scenario",
     "validity": "balance headroom leg metrics record scenario",
-    "judge": "balance headroom leg metrics record scenario validity",
-    "ramp": "judge leg metrics scenario",
+    "sequential": "", "settle": "",
+    "judge": "balance headroom leg metrics record scenario sequential settle validity",
+    "evidence": "judge leg metrics sequential",
+    "pace": "evidence judge leg scenario sequential",
+    "ramp": "evidence judge leg pace scenario",
     "sweep": "errors judge leg ramp record scenario",
-    "unit": "errors judge leg ramp scenario sweep",
+    "unit": "errors judge leg pace ramp scenario sweep",
     "store": "errors headroom leg record scenario",
     "deadline": "record scenario",
     "pulse": "leg metrics",
@@ -45,6 +48,14 @@ ALLOWED = {
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
     "telemetry.signs": "balance judge leg store",
+    "hosts": "", "hosts.clock": "", "hosts.identity": "",
+    "hosts.messages": "leg prompts shard",
+    "hosts.seal": "errors hosts.messages scenario",
+    "hosts.ledger": "leg plan prompts record scenario",
+    "hosts.tallies": "hosts.messages metrics record scenario",
+    "hosts.delivery": "errors hosts.messages record",
+    "hosts.members": "errors hosts hosts.clock hosts.delivery hosts.identity hosts.messages "
+                     "hosts.seal leg shard store",
     "calibrate": "client dial errors net openai plan prompts record scenario target",
     "health": "", "telemetry.log": "store", "telemetry.process": "store",
     "watch": "errors health store target telemetry.gpu telemetry.log telemetry.process "
@@ -80,8 +91,10 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
              "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
-        "validity", "judge", "ramp", "leg", "stages", "deadline", "plan", "prompts", "scenario",
-        "target", "telemetry.signs", "headroom", "rungs", "health"}
+        "validity", "sequential", "settle", "judge", "evidence", "pace", "ramp", "leg",
+        "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
+        "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
+        "hosts.tallies"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

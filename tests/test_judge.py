@@ -34,7 +34,7 @@ def _no_verdict_takes_long() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def leg(phase: Phase = "confirm") -> Leg:
+def leg(phase: Phase = "run") -> Leg:
     return Leg(id=f"{phase}-4-r0", axis="concurrency", value=4, phase=phase, replicate=0, seed=1,
                load=Closed(4), warmup_s=10, measure_s=10)
 
@@ -56,7 +56,7 @@ SLOW = record(ttft_s=2.1, took_s=3)
 
 
 def verdict(records: list[RequestRecord], signs: ServerSigns | None = None,
-            window: Window = WINDOW, phase: Phase = "confirm", **criteria: Any) -> Judgement:
+            window: Window = WINDOW, phase: Phase = "run", **criteria: Any) -> Judgement:
     return judge(leg(phase), window, records, signs or ServerSigns(), SCENARIO,
                  Criteria(**criteria))
 
@@ -96,11 +96,41 @@ def test_confirmed_verdicts_are_those_of_the_beta_distribution(good: Any, n: Any
     assert of(good, n).load == wanted
 
 
-def test_one_leg_of_a_ladder_refutes_only_at_more_confidence() -> None:
+def test_a_leg_of_a_search_refutes_only_at_more_confidence() -> None:
+    """It speaks for its level, and other runs of that level may be better: its 300 requests are
+    worth 23, and it is one of many legs."""
     assert of(277, 300).load == "UNSAFE"
     assert of(277, 300, phase="ladder").load == "UNRESOLVED"
-    assert of(270, 300, phase="ladder").load == "UNSAFE"
-    assert of(277, 300, phase="ladder").lower == of(277, 300).lower
+    assert of(200, 300, phase="ladder").load == "UNSAFE"
+    worth = 1 / (1 + 299 * Criteria().runs_differ)
+    assert of(277, 300, phase="confirm").lower == pytest.approx(
+        stats.beta.ppf(0.05, 277 * worth, 23 * worth + 1), abs=1e-7)
+
+
+def test_requests_that_clump_are_worth_less() -> None:
+    """Each tenth second all are slow, and else none."""
+    clumped = [record(due_s=10 + i / 20, ttft_s=2.1 if i // 20 == 5 else 1) for i in range(200)]
+    spread = [record(due_s=10 + i / 20, ttft_s=2.1 if i % 10 == 5 else 1) for i in range(200)]
+    one, other = verdict(clumped), verdict(spread)
+    assert (one.good, one.n) == (other.good, other.n) == (180, 200)
+    assert sum(n for _, n in one.blocks) == 200
+    assert one.lower < other.lower - 0.02
+    assert one.upper > other.upper + 0.01
+
+
+def test_a_level_that_gets_worse_and_worse_is_not_safe() -> None:
+    backlog = [record(due_s=10 + i / 20, ttft_s=0.3 + i / 150) for i in range(200)]
+    j = verdict(backlog)
+    assert (j.good, j.load) == (200, "UNRESOLVED")
+    assert "does not hold" in j.reasons[0]
+    assert verdict([record(due_s=10 + i / 20) for i in range(200)]).load == "SAFE"
+
+
+def test_strain_is_how_near_the_limits_came() -> None:
+    j = verdict([record(ttft_s=1 + i / 100) for i in range(100)])
+    assert j.strain == pytest.approx(1.94 / 2)
+    assert verdict([GOOD] * 9 + [record(outcome=Outcome.STALLED)]).strain == float("inf")
+    assert verdict([]).strain is None
 
 
 def test_target_and_confidence_are_the_operator_s() -> None:

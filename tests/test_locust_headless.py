@@ -329,8 +329,7 @@ def test_a_host_that_cannot_be_reached_is_exit_4(tmp_path: Path) -> None:
      ["--server-options"]),
     (["--scenario", "smoke", "--api-key", "a\nb"], ["--api-key"]),
     (["--scenario", "smok"], ["smok", "smoke"]),
-    (["--scenario", "smoke", "--master"], ["--processes"]),
-    (["--scenario", "smoke", "--processes", "2"], ["one process"]),
+    (["--scenario", "smoke", "--master"], ["LOADGEN_FLEET_TOKEN"]),
 ])
 def test_what_is_wrong_is_said_and_is_exit_2(
         tmp_path: Path, options: list[str], words: list[str]) -> None:
@@ -340,7 +339,7 @@ def test_what_is_wrong_is_said_and_is_exit_2(
     assert not (tmp_path / "r" / "records-0.jsonl").exists()
 
 
-def test_a_worker_is_refused_before_it_connects(tmp_path: Path) -> None:
+def test_a_worker_without_a_token_is_refused_before_it_connects(tmp_path: Path) -> None:
     said = locust("--worker", "--master-port", str(free_port()), cwd=tmp_path)
     assert said.code == cli.USAGE, said.all
 

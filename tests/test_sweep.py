@@ -28,11 +28,14 @@ def with_limits(**limits: Seconds) -> Scenario:
     return scenario.load("mixed").with_slo(Slo(**limits))
 
 
-def test_the_default_sweep_of_ten_seeds_finds_32_and_never_more() -> None:
+def test_the_default_sweep_of_ten_seeds_is_never_over_the_truth_and_seldom_far_under() -> None:
+    """In long runs 97 % are good at 40, and 93 % at 44."""
     found = [answer(default_sweep(seed)[0]) for seed in SEEDS]
-    assert all(c.safe in (None, 16, 32) for c in found)  # at 48 a third of requests misses
-    assert sum(c.safe == 32 for c in found) >= 8
-    assert all(c.unsafe in (32, 64) for c in found)
+    levels = [c.safe or 0 for c in found]
+    assert max(levels) <= 42
+    assert sorted(levels)[5] >= 30
+    assert all(level >= 15 for level in levels)
+    assert all(c.unsafe is not None and c.unsafe >= 44 for c in found)
 
 
 def test_the_default_sweep_keeps_its_four_minutes() -> None:
@@ -49,7 +52,8 @@ def test_a_safe_level_rests_on_requests_of_its_confirmation_alone() -> None:
     assert proof is not None
     legs = [j for j in result.judgements if j.phase == "confirm"]
     assert proof.n == sum(j.n for j in legs if j.value == proof.value)
-    assert proof.n >= 150
+    assert proof.n >= 100
+    assert proof.lower >= 0.95
 
 
 def test_a_level_that_is_left_early_still_shows_its_throughput() -> None:

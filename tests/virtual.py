@@ -3,7 +3,7 @@
 import asyncio
 
 from loadgen.judge import Criteria, Judgement
-from loadgen.ramp import SweepPlan
+from loadgen.ramp import SweepPlan, finest_of
 from loadgen.scenario import Scenario
 from loadgen.sweep import SweepResult, sweep
 from loadgen.virtual import VirtualExecutor
@@ -23,6 +23,7 @@ def virtual_sweep(scenario: Scenario, seed: int, budget_s: float = 230.0,
     levels = tuple(float(2**k) for k in range(most.bit_length()))
     seen: list[Judgement] = []
     result = asyncio.run(sweep(
-        SweepPlan("concurrency", levels, budget_s, seed, Criteria(), can_restart=False),
+        SweepPlan("concurrency", levels, budget_s, seed, Criteria(), can_restart=False,
+                  finest=finest_of(budget_s)),
         scenario, executor, lambda _, j: seen.append(j), lambda: executor.now_s))
     return result, executor.now_s

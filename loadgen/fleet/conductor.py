@@ -16,7 +16,7 @@ from loadgen.fleet.run import FleetRun, OnLeg
 from loadgen.judge import Judgement, ServerSigns
 from loadgen.leg import Ending, Leg, Window
 from loadgen.options import levels_of
-from loadgen.ramp import SweepPlan
+from loadgen.ramp import SweepPlan, finest_of
 from loadgen.record import RequestRecord
 from loadgen.scenario import Closed
 from loadgen.store import RunFolder
@@ -52,7 +52,7 @@ class Conductor:
             levels=levels_of(None, float(most) if rate is None else rate,
                              "concurrency" if rate is None else "rate"),
             budget_s=budget_s, seed=prepared.seed, criteria=prepared.criteria,
-            can_restart=lifecycle.can_restart)
+            can_restart=lifecycle.can_restart, finest=finest_of(budget_s))
 
     def start(self) -> None:
         self._run.goes_on = True
@@ -65,7 +65,7 @@ class Conductor:
     def _search(self) -> None:
         log.info("%s", view.LINE_HEAD)
         try:
-            result: SweepResult = _at_once(sweep(
+            result: SweepResult = at_once(sweep(
                 self._plan, self._run.prepared.scenario, self, self._judged))
             log.info("%s: %s", result.stop, result.says)
             if result.stop == "failed":
@@ -108,18 +108,23 @@ class Conductor:
                 return "done", None
 
     async def restart(self, why: str) -> None:
-        log.info("restarting the server: %s", why)
-        server, attendant = self._lifecycle.server, self._lifecycle.attendant
-        if server is None or attendant is None:
-            raise GeneratorError("the test is over")
-        server.stop()
-        server.start()
-        answer = attendant.ask(Ask("ready"), server.alive)
-        if answer.failed is not None:
-            raise ServerError(answer.failed)
+        restart_server(self._lifecycle, why)
 
 
-def _at_once(doing: Coroutine[Any, Any, T]) -> T:
+def restart_server(lifecycle: "Lifecycle", why: str) -> None:
+    """Returns when it has streamed an answer. Raises LoadgenError."""
+    log.info("restarting the server: %s", why)
+    server, attendant = lifecycle.server, lifecycle.attendant
+    if server is None or attendant is None:
+        raise GeneratorError("the test is over")
+    server.stop()
+    server.start()
+    answer = attendant.ask(Ask("ready"), server.alive)
+    if answer.failed is not None:
+        raise ServerError(answer.failed)
+
+
+def at_once(doing: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that waits for nothing but greenlets."""
     try:
         doing.send(None)

@@ -74,8 +74,6 @@ class Lifecycle:
     def init(self) -> None:
         """Checks the options, and starts the simulator if no host is given. Exits on errors."""
         try:
-            if not isinstance(self.environment.runner, LocalRunner):
-                raise ScenarioError(options.ONE_PROCESS)
             asked = options.asked(self._options)
             hosts = {c.host for c in self.environment.user_classes} - {None}
             if not self.environment.host and not hosts:
@@ -113,12 +111,31 @@ class Lifecycle:
         Raises LoadgenError."""
         self.discard()
         asked = options.asked(form or self._options)
+        self.check(asked)
         RunFolder.check_free(prepare.folder_of(asked, self._tests))
         own, url = (self._own[0], self._own[2]) if self._own else (None, None)
         hosts = [c.host for c in self.environment.user_classes if c.host]
         host = host or self.environment.host or next(iter(hosts), "")
         server, target = prepare.server_of(host, own, url)
         self._ready = asked, server, *prepare.prepare(asked, server, target, patience_s)
+
+    def check(self, asked: options.Asked) -> None:
+        """Whether these users can do that here. Raises ScenarioError."""
+        if asked.rate_rps is None and any(c.open_loop for c in self._users):
+            raise ScenarioError("these users are an open loop: say with --rate how many requests "
+                                "per second all of them are to send")
+        if self.needs_fleet:
+            raise ScenarioError("these users run on workers only: add --processes N, or start "
+                                "--master and --worker")
+
+    @property
+    def needs_fleet(self) -> bool:
+        return any(c.open_loop for c in self._users) and isinstance(
+            self.environment.runner, LocalRunner)
+
+    @property
+    def _users(self) -> list[Any]:
+        return [c for c in self.environment.user_classes if hasattr(c, "open_loop")]
 
     def discard(self) -> None:
         """What was made ready and not used."""
@@ -187,7 +204,7 @@ class Lifecycle:
     def quitting(self) -> None:
         """Locust exits: an interrupted test ends here, the exit code is set."""
         runner = self.environment.runner
-        self._interrupted = self.run is not None
+        self._interrupted = self.is_running
         if runner is not None and runner.state != STATE_STOPPED:
             runner.stop()
         if self.report is not None:
@@ -207,6 +224,11 @@ class Lifecycle:
             print(f"\n{self._says}", end="", flush=True)
 
     @property
+    def is_running(self) -> bool:
+        """A test is."""
+        return self.run is not None
+
+    @property
     def can_restart(self) -> bool:
         return self._own is not None and self.server is self._own[0]
 
@@ -222,20 +244,15 @@ class Lifecycle:
         return bool(getattr(self.environment.shape_class, "conducts", False))
 
     def _begin(self) -> None:
-        assert self._ready is not None
-        asked, self.server, prepared, attendant = self._ready
-        self._ready, self.attendant = None, attendant
-        self.asked = asked
-        self.folder = prepare.folder_of(asked, self._tests)
-        self._tests += 1
-        self._legs, self._troubles = 0, 0
-        if self._own is not None:
-            self._log_from = self._own[1].stat().st_size
+        _, prepared = self._next()
+        assert self.server is not None
+        assert self.folder is not None
+        assert self.attendant is not None
         said = self.said = self.server.facts()
         folder = RunFolder.create(self.folder, facts.manifest(
             self.folder, ["locust", *sys.argv[1:]], prepared.scenario, prepared.seed,
             prepared.criteria, prepared.target, said, prepared.ratios))
-        attendant.ask(Ask("watch", folder=str(folder.path), simulated=bool(said["simulated"])))
+        self.attendant.ask(Ask("watch", folder=str(folder.path), simulated=bool(said["simulated"])))
         self.run = RUNS[self.environment] = FleetRun(folder, prepared)
         self.live.begin(self.run)
         log.info("%s → %s at %s; records in %s", prepared.scenario.name, prepared.target.model,
@@ -245,6 +262,18 @@ class Lifecycle:
         else:
             self._follow_users(self.run)  # before the first user asks
         self._watching = [gevent.spawn(self._beat), gevent.spawn(self._look)]
+
+    def _next(self) -> tuple[options.Asked, Prepared]:
+        """Takes what was made ready: a new test begins."""
+        assert self._ready is not None
+        self.asked, self.server, prepared, self.attendant = self._ready
+        self._ready = None
+        self.folder = prepare.folder_of(self.asked, self._tests)
+        self._tests += 1
+        self._legs, self._troubles = 0, 0
+        if self._own is not None:
+            self._log_from = self._own[1].stat().st_size
+        return self.asked, prepared
 
     def _cannot(self, error: LoadgenError) -> None:
         self.discard()
@@ -334,8 +363,7 @@ class Lifecycle:
                 return why
         except OSError:  # no file descriptor is left to look with: requests tell of that
             return None
-        on = self.run.on if self.run else None
-        troubles = sum(on.outcomes[x] for x in TROUBLE) if on else 0
+        troubles = self.troubles
         if troubles <= self._troubles or self.attendant is None:
             self._troubles = troubles  # another leg counts from nothing
             return None
@@ -349,6 +377,12 @@ class Lifecycle:
         except GeneratorError:
             return None
         return self.server.alive() or answer.failed
+
+    @property
+    def troubles(self) -> int:
+        """Requests of the running leg that failed as if the server were dead."""
+        on = self.run.on if self.run else None
+        return sum(on.outcomes[x] for x in TROUBLE) if on else 0
 
     # ---------------------------------------------------------------------------------- after it
 

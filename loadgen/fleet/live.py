@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import gevent
 from msgspec import Struct
@@ -15,6 +16,9 @@ from msgspec import Struct
 from loadgen import metrics
 from loadgen.fleet.run import RECENT_S, FleetRun
 from loadgen.record import Outcome, RequestRecord
+
+if TYPE_CHECKING:
+    from loadgen.fleet.master import FleetTest
 
 KEEP = 3600  # samples, one a second
 GAPS = 4000  # of all gaps so many stand for them
@@ -46,7 +50,7 @@ class Now(Struct, frozen=True):
     """One row of the Streaming tab: a class, or all of them, over the last 30 s."""
 
     name: str
-    inflight: int
+    inflight: int | None  # None: nobody counts it by class
     n: int  # requests that ended
     ttft_p50_s: float | None
     ttft_p90_s: float | None
@@ -85,6 +89,11 @@ class Live:
         self._newest: RequestRecord | None = None
         self._rows: list[Now] = []
 
+    @property
+    def shown(self) -> "FleetRun | FleetTest | None":
+        """The test that the samples are of."""
+        return self.run
+
     def begin(self, run: FleetRun) -> None:
         self.samples.clear()
         self._seen.clear()
@@ -109,7 +118,7 @@ class Live:
         self._rows = self._all_rows(run, now)
         row, outcomes = self._rows[-1], [s.record.outcome for s in self._seen]
         self.samples.append(Sample(
-            t_s=round((now - self._t0_ns) / 1e9, 2), users=users, inflight=row.inflight,
+            t_s=round((now - self._t0_ns) / 1e9, 2), users=users, inflight=row.inflight or 0,
             tok_rate=self._tok_rate(run, now), good_rps=row.good_rps, attainment=row.good_frac,
             errors=sum(o not in NO_ERROR for o in outcomes),
             throttled=outcomes.count(Outcome.THROTTLED), ttft_p50_s=row.ttft_p50_s,

@@ -11,10 +11,14 @@ from msgspec import Struct
 
 from loadgen import scenario
 from loadgen.errors import ScenarioError
+from loadgen.hosts.messages import MOST_SHARDS
+from loadgen.hosts.seal import TOKEN
 from loadgen.scenario import Scenario
 
-ONE_PROCESS = ("these users do not run on --master and --worker yet; use one process, or "
-               "`loadgen run --processes N`")
+OWN_TASKS = ("users with tasks of their own run in one process: what workers send is the "
+             "scenario's mix. Leave the tasks out, or --master, --worker and --processes")
+NO_TOKEN = ("a fleet needs a token that all its processes share: put the same secret into "
+            "$LOADGEN_FLEET_TOKEN (`openssl rand -hex 16` makes one) or a --fleet-token-file")
 SHOWN_KEY = "********"  # stands for a key that was given: Locust writes defaults into its page
 FIELDS = ("scenario", "model", "api_key", "slo", "rate")  # of ours in the start form
 
@@ -51,8 +55,11 @@ def add_arguments(parser: LocustArgumentParser, default: str) -> None:
     """`default`: the scenario that the locustfile's users name."""
     global _default  # noqa: PLW0603
     _default = default
-    if "--worker" in sys.argv[1:]:  # it would look for its master for minutes before `init`
-        parser.error(ONE_PROCESS)
+    words = sys.argv[1:]
+    if "--worker" in words and not os.environ.get(TOKEN) and not any(
+            w.startswith("--fleet-token-file") for w in words):
+        parser.error(NO_TOKEN)  # it would look for its master for minutes before `init`
+    parser.set_defaults(master_bind_host="127.0.0.1")  # Locust's own is all of the host's
     add = parser.add_argument  # a group's would not reach the start form
     add("--scenario", default=default, choices=_Names(names(default)), metavar="NAME",
         help="What users ask: a shipped scenario, one of ./scenarios, or a path to a .toml file")
@@ -73,6 +80,14 @@ def add_arguments(parser: LocustArgumentParser, default: str) -> None:
     parser.add_argument("--server-options", default="", metavar="OPTIONS", **hidden,
                         help="Without --host: options of the simulator that is started, in one "
                         "word, as '--gpu h200 --model qwen2.5-7b'")
+    parser.add_argument("--shards", type=int, default=1, **hidden,
+                        help="Generator processes of this worker; about one per core")
+    parser.add_argument("--worker-folder", default=None, metavar="FOLDER", **hidden,
+                        help="Where a worker keeps records until the master has them. Default: "
+                        "the system's temporary folder")
+    parser.add_argument("--fleet-token-file", default=None, metavar="FILE", **hidden,
+                        help="Holds the secret that master and workers share. Default: "
+                        "$LOADGEN_FLEET_TOKEN; with --processes one is made")
     parser.add_argument("--no-report", action="store_true", **hidden,
                         help="Do not write report.html")
 
@@ -92,6 +107,12 @@ def names(default: str) -> list[str]:
     return sorted({p.stem for p in here} | {default} | ({given.scenario} - {None}))
 
 
+def given_scenario() -> str | None:
+    """The scenario that this process's own command line names."""
+    given, _ = _peek().parse_known_args(sys.argv[1:])
+    return str(given.scenario) if given.scenario is not None else None
+
+
 def _peek() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--scenario", default=None)
@@ -107,6 +128,8 @@ def asked(options: argparse.Namespace) -> Asked:
         raise ScenarioError(f"--rate {options.rate:g}: give requests per second, or 0 for none")
     if not 0.5 <= options.slo_target < 1:
         raise ScenarioError(f"--slo-target {options.slo_target:g}: give a share from 0.5 to 1")
+    if not 1 <= options.shards <= MOST_SHARDS:
+        raise ScenarioError(f"--shards {options.shards}: give 1 to {MOST_SHARDS}")
     key = key_of(options)
     if any(ord(c) < 32 or ord(c) == 127 for c in key):
         raise ScenarioError("--api-key holds a line break or another control character")

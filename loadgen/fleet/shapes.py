@@ -10,6 +10,7 @@ from locust import LoadTestShape
 from loadgen import scenario
 from loadgen.fleet.conductor import Conductor
 from loadgen.fleet.run import run_of
+from loadgen.fleet.wide import WideConductor, WideLifecycle
 from loadgen.scenario import Ramp, Seconds, Shape
 from loadgen.stages import at, stages
 
@@ -23,7 +24,7 @@ class ScenarioShape(LoadTestShape):
     abstract = True
     use_common_options = True
     _began_s: float | None = None
-    _conductor: Conductor | None = None
+    _conductor: Conductor | WideConductor | None = None
 
     def tick(self) -> tuple[int, float] | None:
         assert self.runner is not None
@@ -56,7 +57,9 @@ class ScenarioShape(LoadTestShape):
         """A test has begun."""
         shape = self.shape()
         assert isinstance(shape, Ramp)
-        self._conductor = Conductor(lifecycle, shape.to, shape.budget_s)
+        self._conductor = (
+            lifecycle.conductor(shape.to, shape.budget_s) if isinstance(lifecycle, WideLifecycle)
+            else Conductor(lifecycle, shape.to, shape.budget_s))
         self._conductor.start()
 
     def stop(self) -> None:

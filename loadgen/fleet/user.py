@@ -15,6 +15,7 @@ Without tasks of its own a user asks what the scenario's mix says.
 import time
 from typing import Any, ClassVar
 
+import gevent
 from locust import HttpUser
 from locust.env import Environment
 from locust.exception import StopUser
@@ -34,6 +35,7 @@ class LLMUser(HttpUser):
 
     abstract = True
     scenario: ClassVar[str] = "mixed"
+    open_loop: ClassVar[bool] = False  # on a fleet only, with --rate: arrivals, no users
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,11 +47,11 @@ class LLMUser(HttpUser):
         super().__init__(environment)
 
     def on_start(self) -> None:
-        run = run_of(self.environment)
-        if run is None:
-            raise StopUser
+        self._run = run_of(self.environment)
+        if self._run is None:  # a fleet's workers send without users
+            return
+        run = self._run
         target = run.prepared.target
-        self._run: FleetRun = run
         self._free_ns: int | None = None
         self._stream = Stream(
             self.client, target.base_url + openai.PATHS[run.prepared.scenario.endpoint],
@@ -60,8 +62,11 @@ class LLMUser(HttpUser):
         """Sends the next request of the scenario's mix, of class `cls` where it is given, or one
         with a `text` of your own; returns its record when its stream has ended. Raises StopUser
         when the test is over, and on a class that the scenario does not have: that ends it."""
-        self._run.check_class(cls)
-        taken = self._run.take_off(cls, text, max_tokens, self._slot_free_ns())
+        run: FleetRun | None = self._run
+        while run is None:  # of a fleet's worker: its shards send, until Locust stops this user
+            gevent.sleep(1)
+        run.check_class(cls)
+        taken = run.take_off(cls, text, max_tokens, self._slot_free_ns())
         if taken is None:
             raise StopUser
         on, recorder = taken
@@ -69,15 +74,15 @@ class LLMUser(HttpUser):
         error: str | None = None
         try:
             failure, error = self._stream.send(
-                recorder, self._run.prepared.scenario.timeouts_of(recorder.shot.cls))
+                recorder, run.prepared.scenario.timeouts_of(recorder.shot.cls))
         except Cancelled:
             pass
         finally:
             record = recorder.end(now_ns(), failure, error)
             if record.error is not None:
-                record.error = self._run.prepared.target.scrub(record.error)
+                record.error = run.prepared.target.scrub(record.error)
             self._free_ns = record.end_ns
-            self._run.land(on, record)
+            run.land(on, record)
         if record.outcome is not Outcome.CANCELLED:  # our doing, no request of Locust's
             rows.show(self.environment, record, self._stream.n_bytes)
         return record

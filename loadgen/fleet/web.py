@@ -152,7 +152,7 @@ def _runner_state(lifecycle: Lifecycle) -> str:
 
 def _report_state(lifecycle: Lifecycle) -> str:
     """A key of WORDS, or "ready"."""
-    if lifecycle.run is not None or lifecycle.folder is None:
+    if lifecycle.is_running or lifecycle.folder is None:
         return "none" if lifecycle.folder is None else "running"
     if lifecycle.report is not None and not lifecycle.report.ready():
         return "making"
@@ -161,7 +161,7 @@ def _report_state(lifecycle: Lifecycle) -> str:
 
 def _state(lifecycle: Lifecycle) -> dict[str, Any]:
     """All that the live page shows, but for the samples."""
-    live, run = lifecycle.live, lifecycle.live.run
+    live, run = lifecycle.live, lifecycle.live.shown
     now: dict[str, Any] = {
         "test": None, "state": "starting" if lifecycle.starting else _runner_state(lifecycle),
         "failed": lifecycle.failed, "report": _report_state(lifecycle), "rows": live.rows(),
@@ -193,7 +193,8 @@ def _table(lifecycle: Lifecycle) -> list[dict[str, str | int]]:
 
 def _cells(row: Now) -> dict[str, str | int]:
     share = "–" if row.good_frac is None else f"{row.good_frac:.1%}"
-    return {"name": row.name, "in_flight": row.inflight, "requests": row.n,
+    return {"name": row.name, "in_flight": "–" if row.inflight is None else row.inflight,
+            "requests": row.n,
             "ttft_50": _ms(row.ttft_p50_s), "ttft_90": _ms(row.ttft_p90_s),
             "itl_90": _ms(row.itl_p90_s), "tok_rate": f"{row.tok_rate:,.0f}",
             "good_rps": f"{row.good_rps:.2f}", "good_share": share}

@@ -1,0 +1,303 @@
+"""What the legs of a search show: of one level, of the edge between safe and unsafe, of all. The
+same from a running sweep and from a run folder; what to do next is the ramp's affair.
+
+The estimand: the largest level c such that A(c) ≥ target, and no tested level below contradicts it.
+A(c) is the share of good requests over runs at c: every SLO of its class met from the due time on,
+complete; all that was due is in the denominator. Besides, no distress of the server.
+
+Only confirmations (and a soak) prove: their requests are fresh, while the ladder's and the
+refinement's chose the level. They prove together, by a bound that holds whenever one looks
+(`sequential`). Any leg at a level may refute it, alone, at the higher confidence `refute`.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from loadgen import metrics, sequential
+from loadgen.judge import Criteria, Judgement, LoadVerdict
+from loadgen.leg import Axis, Phase
+
+PROVES: frozenset[Phase] = frozenset({"confirm", "soak"})
+OF_LEVEL: frozenset[Phase] = PROVES | {"ladder", "refine", "reference"}  # same load, same arrivals
+CHECKS: tuple[Phase, ...] = ("reference", "soak", "poisson", "burst", "overload", "recover")
+LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
+STRAIN_N = 3  # requests below which their quantile does not guide a search
+SPREAD_CLOSED, SPREAD_OPEN = 0.015, 0.17
+SPREAD_LEGS = 3.0
+MARGIN = 1.0  # standard deviations: by trial on the simulator, 5 % of answers over the truth
+DRIFT = 1.15  # medians of two legs of a level: replicates are within 1.05 of each other
+DRIFT_TTFT = 1.5  # those of TTFT hang on who comes together
+DRIFT_N = 20
+
+
+class Pooled(Struct, frozen=True):
+    """What the confirmations of one level show together; `legs` runs, worth n / `design`
+    independent requests. `more_n`: how many more at this share would prove it."""
+
+    value: float
+    good: int
+    n: int
+    lower: float
+    upper: float
+    load: LoadVerdict
+    legs: int = 1
+    design: float = 1.0
+    more_n: int | None = None
+    more_s: float | None = None
+
+
+class Check(Struct, frozen=True):
+    """Something that was tried at the safe level beside the steady load that proved it."""
+
+    kind: Phase
+    load: LoadVerdict
+    good: int
+    n: int
+    held_s: float
+    recovery_s: float | None = None  # after the overload: until it was as before
+
+
+class Conclusion(Struct, frozen=True):
+    """The sweep's answer. `safe`: largest safe level; `unsafe`: smallest unsafe one; `at_least`:
+    nothing above was shown to be unsafe; `doubts`: what weakens it (drift, attainment that is not
+    monotone); `more_s`: so much more load would settle an UNRESOLVED; `not_tried`: checks that
+    the budget did not hold."""
+
+    axis: Axis
+    load: LoadVerdict
+    safe: float | None
+    unsafe: float | None
+    at_least: bool
+    proof: Pooled | None
+    suspect: bool
+    reasons: list[str]
+    target: float
+    confidence: float
+    doubts: list[str] = []
+    checks: list[Check] = []
+    not_tried: list[Phase] = []
+    more_s: float | None = None
+
+
+def usable(judged: Sequence[Judgement]) -> list[Judgement]:
+    return [j for j in judged if j.measurement != "INVALID" or j.died]
+
+
+def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Pooled | None:
+    """Confirmations of `level` taken together; None: it was not confirmed yet."""
+    legs = [j for j in judged if j.value == level and j.phase in PROVES
+            and j.measurement != "INVALID"]
+    if not legs:
+        return None
+    seen = sequential.share([_blocks(j) for j in legs], criteria.target, criteria.confidence,
+                            criteria.runs_differ, (criteria.refute, criteria.refutes_differ))
+    load: LoadVerdict = "UNRESOLVED"
+    if seen.upper < criteria.target or any(contradicts(j, criteria) for j in legs):
+        load = "UNSAFE"
+    elif seen.lower >= criteria.target and has_margin(legs) and not any(j.rises for j in legs):
+        load = "SAFE"
+    more_n = more_s = None
+    if load == "UNRESOLVED":
+        more_n = sequential.more_n(seen, criteria.target, criteria.confidence)
+        rps = sum(j.n for j in legs) / max(sum(j.window_s for j in legs), 1e-9)
+        more_s = more_n / rps if more_n is not None and rps > 0 else None
+    return Pooled(level, seen.good, seen.n, seen.lower, seen.upper, load, len(legs), seen.design,
+                  more_n, more_s)
+
+
+def has_margin(legs: Sequence[Judgement], in_the_end: bool = False) -> bool:
+    """The limits are kept by as much as runs differ in how near they come to them. Near its
+    capacity an open loop's queue makes one run of half a minute perfect and the next one a loss, so
+    that a share of good requests says little. SPREAD is that of the logarithm of `strain` between
+    runs on the simulator; what the replicates show is weighed against it. `in_the_end`: after many
+    more legs like these."""
+    told = [(math.log(j.strain), j.open_loop) for j in legs if j.strain]
+    if not told or any(x == math.inf for x, _ in told):
+        return True  # failed requests are more than the target allows: the share itself says so
+    r = len(told)
+    mean = sum(x for x, _ in told) / r
+    spread = SPREAD_OPEN if told[0][1] else SPREAD_CLOSED
+    variance = (SPREAD_LEGS * spread**2 + sum((x - mean) ** 2 for x, _ in told)) / (
+        SPREAD_LEGS + r - 1)
+    return mean + MARGIN * math.sqrt(variance * (1 + (0 if in_the_end else 1 / r))) <= 0
+
+
+def contradicts(j: Judgement, criteria: Criteria) -> bool:
+    """This leg alone shows that its level is not safe. Of a confirmation only distress and a
+    refuted class do: its share counts together with the others of its level, as one bad run in
+    twenty is no surprise."""
+    if j.died or j.load != "UNSAFE" or j.phase not in OF_LEVEL:
+        return j.died
+    return (j.phase not in PROVES or j.distress or bool(j.refuted_classes)
+            or j.upper >= criteria.target)
+
+
+def _blocks(j: Judgement) -> sequential.Blocks:
+    return j.blocks or [(j.good, j.n)]
+
+
+def status(judged: Sequence[Judgement], level: float, criteria: Criteria) -> LoadVerdict:
+    """What all legs of a level say: UNSAFE if one of them does, or the server died at it, or its
+    confirmations taken together refute it; SAFE only by its confirmations."""
+    if any(contradicts(j, criteria) for j in judged if j.value == level):
+        return "UNSAFE"
+    proof = pooled(judged, level, criteria)
+    return proof.load if proof is not None else "UNRESOLVED"
+
+
+def levels_of(judged: Sequence[Judgement]) -> list[float]:
+    """That were tested as such, ascending."""
+    return sorted({j.value for j in judged if j.phase in OF_LEVEL or j.died})
+
+
+def promising(judged: Sequence[Judgement], criteria: Criteria) -> list[float]:
+    """Levels that may be safe and look so, ascending: neither they nor lower ones are
+    contradicted."""
+    return [x for x in _open(judged, criteria) if looks_good(judged, x, criteria)]
+
+
+def candidate(judged: Sequence[Judgement], criteria: Criteria) -> float | None:
+    """The level that is the answer's best hope: the largest promising one; if none is, the lowest
+    that is not contradicted."""
+    not_contradicted = _open(judged, criteria)
+    good = [x for x in not_contradicted if looks_good(judged, x, criteria)]
+    return max(good, default=min(not_contradicted, default=None))
+
+
+def _open(judged: Sequence[Judgement], criteria: Criteria) -> list[float]:
+    found = []
+    for level in levels_of(judged):
+        if status(judged, level, criteria) == "UNSAFE":
+            break
+        found.append(level)
+    return found
+
+
+def proven(judged: Sequence[Judgement], criteria: Criteria) -> float | None:
+    """The largest level that is SAFE and that no lower one contradicts."""
+    return max((x for x in _open(judged, criteria) if status(judged, x, criteria) == "SAFE"),
+               default=None)
+
+
+def looks_good(judged: Sequence[Judgement], level: float, criteria: Criteria) -> bool:
+    """Its share of good requests is at the target, or one miss under it, which with so few is
+    luck. Confirmations, where there are any, speak alone."""
+    legs = [j for j in judged if j.value == level and j.measurement != "INVALID"
+            and j.phase in OF_LEVEL]
+    confirmed = [j for j in legs if j.phase in PROVES]
+    if any(j.rises for j in confirmed) or not has_margin(confirmed, in_the_end=True):
+        return False
+    good, n = (sum(j.good for j in confirmed or legs), sum(j.n for j in confirmed or legs))
+    return n > 0 and good / n >= criteria.target - LUCK and good + 1 >= criteria.target * n
+
+
+def strain(judged: Sequence[Judgement], level: float) -> float | None:
+    """How near the limits came at a level, by the leg of most requests; None: they do not tell."""
+    here = [j for j in judged if j.value == level and j.phase in OF_LEVEL and j.strain is not None
+            and j.n >= STRAIN_N]
+    return max(here, key=lambda j: j.n).strain if here else None
+
+
+def crossing(judged: Sequence[Judgement], high: float, aim: float) -> float | None:
+    """At which load, up to `high`, the limits come so near; read off between two levels, on
+    logarithms. None: no two levels tell."""
+    seen = [(x, s) for x in levels_of(judged) if x <= high
+            and (s := strain(judged, x)) is not None and 0 < s < math.inf]
+    for (a, low), (b, over) in itertools.pairwise(seen):
+        if over > aim:
+            if low >= aim:
+                return None
+            return float(a * (b / a) ** (math.log(aim / low) / math.log(over / low)))
+    return None
+
+
+# ------------------------------------------------------------------------------------- conclusion
+
+
+def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Conclusion:
+    """The answer that these legs give."""
+    legs = usable(judged)
+    levels = levels_of(legs)
+    unsafe = next((x for x in levels if status(legs, x, criteria) == "UNSAFE"), None)
+    proofs = [p for x in levels if (unsafe is None or x < unsafe)
+              and (p := pooled(legs, x, criteria)) is not None]
+    best = max((p for p in proofs if p.load == "SAFE"), key=lambda p: p.value, default=None)
+    load: LoadVerdict = "UNRESOLVED"
+    if best is not None:
+        load = "SAFE"
+    elif unsafe is not None and unsafe == levels[0]:
+        load = "UNSAFE"
+    shown = best or max(proofs, key=lambda p: p.value, default=None)
+    doubts = [*drifts(legs), *not_monotone(legs, criteria)]
+    checks = _checks(legs, best.value) if best else []
+    spoiled = best is not None and any(j.measurement == "SUSPECT" for j in legs
+                                       if j.value == best.value and j.phase in PROVES)
+    kinds = [k for k in CHECKS if not (axis == "rate" and k == "poisson")]
+    return Conclusion(
+        axis=axis, load=load, safe=best.value if best else None, unsafe=unsafe,
+        at_least=best is not None and unsafe is None, proof=shown,
+        suspect=spoiled or (best is not None and bool(doubts)),
+        reasons=_why(legs, unsafe, criteria),
+        target=criteria.target, confidence=criteria.confidence, doubts=doubts, checks=checks,
+        not_tried=[k for k in kinds if best and not any(j.phase == k for j in legs)],
+        more_s=shown.more_s if shown is not None and load == "UNRESOLVED" else None)
+
+
+def _why(legs: Sequence[Judgement], unsafe: float | None,
+         criteria: Criteria) -> list[str]:
+    first = sorted((j for j in legs if j.value == unsafe and j.load == "UNSAFE"
+                    and j.phase in OF_LEVEL), key=lambda j: not contradicts(j, criteria))
+    return [f"at {j.value:g}: {reason}" for j in first[:1] for reason in j.reasons]
+
+
+def _checks(legs: Sequence[Judgement], safe: float) -> list[Check]:
+    """The overload's is at a higher level; all others at the safe one."""
+    found = []
+    for j in legs:
+        if j.phase in CHECKS and (j.value == safe or j.phase in ("overload", "reference")):
+            back_s = j.settled_s if j.phase == "recover" else None
+            found.append(Check(j.phase, j.load, j.good, j.n, j.window_s, back_s))
+    return found
+
+
+def drifts(legs: Sequence[Judgement]) -> list[str]:
+    """Levels whose later legs were unlike their first: the server, or what is beside it, changed
+    meanwhile, so that levels that were tried at different times cannot be compared."""
+    found = []
+    for level in levels_of(legs):
+        here = [j for j in legs if j.value == level and j.phase in OF_LEVEL and not j.cut
+                and not j.died and j.n >= DRIFT_N]
+        if len(here) < 2:
+            continue
+        for name, most in (("tpot_p50_s", DRIFT), ("ttft_p50_s", DRIFT_TTFT)):
+            first, last = getattr(here[0], name), getattr(here[-1], name)
+            if first and last and not 1 / most <= last / first <= most:
+                what = "TPOT" if name.startswith("tpot") else "TTFT"
+                how = "slower" if last > first else "faster (does a cache know the prompts?)"
+                found.append(f"drift: at {level:g} the median {what} went from "
+                             f"{1000 * first:.3g} to {1000 * last:.3g} ms, {how}: the server was "
+                             "not the same throughout")
+    return found
+
+
+def not_monotone(legs: Sequence[Judgement], criteria: Criteria) -> list[str]:
+    """A level that is surely worse than a higher one; nothing is smoothed away."""
+    seen = []
+    for level in levels_of(legs):
+        here = [j for j in legs if j.value == level and j.phase in OF_LEVEL and j.n]
+        good, n = sum(j.good for j in here), sum(j.n for j in here)
+        if n:
+            worth = n / sequential.design_effect([_blocks(j) for j in here],
+                                                 criteria.refutes_differ)
+            seen.append((level, good / n, metrics.lower_bound(good / n * worth, worth,
+                                                              criteria.refute),
+                         metrics.upper_bound(good / n * worth, worth, criteria.refute)))
+    for i, (low, share, _, upper) in enumerate(seen):
+        better = next((x for x in seen[i + 1:] if x[2] > upper), None)
+        if better:
+            return [f"not monotone: {100 * share:.0f} % were good at {low:g}, and "
+                    f"{100 * better[1]:.0f} % at {better[0]:g}"]
+    return []

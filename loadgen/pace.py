@@ -1,0 +1,198 @@
+"""How long things take: answers, legs, proofs. Guesses for planning; nothing is concluded of
+them."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from loadgen import evidence, sequential
+from loadgen.judge import Criteria, Judgement
+from loadgen.leg import Axis, Leg, Phase
+from loadgen.scenario import Closed, Load, Open, PerSecond
+
+MIN_LEG_S = 7.0
+LOW_LEG_S = 4.0  # of a level that is far from the limits
+FAR = 0.7  # of the limits; under it a level is held for less, and warmed up for less
+FAR_WARMUP = 0.5
+KNEE_WARMUP = 0.45  # of an answer: a level past the first lost one is only for the knee
+GROWTH, FULL_GROWTH = 1.25, 1.8  # of an answer's time from one level to the next
+LEG_OF_BUDGET = 0.07  # … but no level may eat the confirmation's time
+LEG_OF_E2E = 1.5  # a level is measured for this many answers: less would only see its start
+PROOF_N = 170  # requests that prove 0.95 with one miss, in two legs
+LEG_N = 110  # of a confirmation's leg: many short legs tell more than a long one …
+LEAST_N = 60  # … but each has its warm-up
+REFINE_N = 60
+MANY = 600.0  # a budget that holds more than the default sweep, s
+
+
+class SweepPlan(Struct, frozen=True):
+    """What the search may do. `levels` ascend; a rate's arrivals are Poisson. `finest`: levels
+    between these may be tried, until safe and unsafe are no further apart than this factor; None:
+    only these. `checks`: when it has its answer, it tries it with bursts, a soak, an overload, as
+    far as the budget goes."""
+
+    axis: Axis
+    levels: tuple[float, ...]
+    budget_s: float
+    seed: int
+    criteria: Criteria
+    can_restart: bool
+    finest: float | None = None
+    checks: bool = False
+
+
+Tested = Sequence[Judgement]
+
+
+def answer_s(plan: SweepPlan, tested: Tested, value: float) -> float:
+    """What an answer will take at `value`, s. In a closed loop twice the load makes it a little
+    longer, and almost twice as long once the server is full."""
+    here = [j.answer_s for j in tested if j.value == value and j.answer_s]
+    if here:
+        return here[-1]
+    took = [j for j in tested if j.answer_s]
+    if not took:
+        return 1.0
+    near = max((j for j in took if j.value < value), key=lambda j: j.value, default=took[-1])
+    assert near.answer_s is not None
+    if plan.axis == "rate" or near.value >= value:
+        return near.answer_s
+    full = near.load == "UNSAFE" or any(j.load == "UNSAFE" and j.value > value for j in tested)
+    growth = FULL_GROWTH if full else GROWTH
+    return float(near.answer_s * growth ** math.log2(value / near.value))
+
+
+def rps(plan: SweepPlan, tested: Tested, value: float) -> float:
+    """Answers per second at `value`."""
+    here = [j.achieved_rps for j in tested if j.value == value]
+    if any(here):
+        return max(0.01, *here)
+    return max(0.01, value if plan.axis == "rate" else value / answer_s(plan, tested, value))
+
+
+def ladder_s(plan: SweepPlan, tested: Tested, value: float) -> float:
+    """How long a level of the ladder is measured, s."""
+    least_s = LOW_LEG_S if not tested or is_far(tested) else MIN_LEG_S
+    return max(least_s, min(LEG_OF_E2E * answer_s(plan, tested, value),
+                            LEG_OF_BUDGET * plan.budget_s))
+
+
+def is_far(tested: Tested) -> bool:
+    """The level before was so far from the limits that the next one will not be near them."""
+    return bool(tested) and tested[-1].strain is not None and tested[-1].strain < FAR
+
+
+def refine_s(plan: SweepPlan, tested: Tested, value: float) -> float:
+    """How long a level between two others is looked at, s."""
+    n = REFINE_N if plan.budget_s < MANY else 2 * REFINE_N
+    return max(MIN_LEG_S, LEG_OF_E2E * answer_s(plan, tested, value),
+               n / rps(plan, tested, value))
+
+
+def cost_s(plan: SweepPlan, tested: Tested, value: float, measure_s: float) -> float:
+    """Of a leg with its warm-up and its last answers."""
+    each_s = answer_s(plan, tested, value)
+    return max(1.0, each_s) + measure_s + 1.3 * each_s
+
+
+def proof_n(plan: SweepPlan, tested: Tested, level: float) -> int | None:
+    """How many more requests a proof of `level` takes, as it looks; None: no number would do."""
+    seen = evidence.pooled(tested, level, plan.criteria)
+    if seen is None:
+        scale = (1 - 0.95) / (1 - plan.criteria.target)
+        return math.ceil(PROOF_N * scale)
+    return seen.more_n
+
+
+def least_proof_n(criteria: Criteria) -> int:
+    """Requests of one leg that prove, if all are good."""
+    n = 8
+    while sequential.share([[(n, n)]], criteria.target, criteria.confidence,
+                           criteria.runs_differ).lower < criteria.target:
+        n += max(1, n // 20)
+        if n > 100_000:
+            break
+    return n
+
+
+def proof_s(plan: SweepPlan, tested: Tested, level: float, left_s: float) -> float | None:
+    """How long the next leg of a confirmation is measured, s; None if a proof cannot be had in
+    what is left. A room that just holds one without misses is used: it proves or it does not, and
+    nothing else could be done with it."""
+    need = proof_n(plan, tested, level)
+    if need is None:
+        return None
+    per_s, each_s = rps(plan, tested, level), answer_s(plan, tested, level)
+    least_s = max(MIN_LEG_S, LEG_OF_E2E * each_s)
+    overhead_s = cost_s(plan, tested, level, 0.0)
+    room_s = left_s - overhead_s
+    seen = evidence.pooled(tested, level, plan.criteria)
+    if seen is None:
+        need_s = least_proof_n(plan.criteria) / per_s
+        if not evidence.looks_good(tested, level, plan.criteria):  # to refute takes few
+            need_s = 0.0
+    else:
+        need_s = need / per_s
+    if room_s < max(least_s, need_s):
+        return None
+    scale = (1 - 0.95) / (1 - plan.criteria.target)
+    wanted_s = max(least_s, min(max(1.15 * need, LEAST_N * scale), LEG_N * scale) / per_s)
+    if room_s < wanted_s + overhead_s + least_s:  # it is the last: all that it may need
+        return min(room_s, max(wanted_s, 1.15 * need / per_s))
+    return wanted_s
+
+
+def leg_s(plan: SweepPlan, tested: Tested, level: float) -> float:
+    """How long one more leg of a confirmation is measured that nobody counts on, s."""
+    scale = (1 - 0.95) / (1 - plan.criteria.target)
+    return max(MIN_LEG_S, LEG_OF_E2E * answer_s(plan, tested, level),
+               LEG_N * scale / rps(plan, tested, level))
+
+
+def proof_wanted_s(plan: SweepPlan, tested: Tested, level: float) -> float:
+    """How long a proof of `level` takes with all its legs, s, as it looks."""
+    need = proof_n(plan, tested, level)
+    if need is None:
+        return math.inf
+    legs = max(1, math.ceil(need / (LEG_N * (1 - 0.95) / (1 - plan.criteria.target))))
+    measure_s = max(legs * max(MIN_LEG_S, LEG_OF_E2E * answer_s(plan, tested, level)),
+                    need / rps(plan, tested, level))
+    return measure_s + legs * cost_s(plan, tested, level, 0.0)
+
+
+def leg(plan: SweepPlan, tested: Tested, number: int, value: float, phase: Phase,
+        measure_s: float, history: Tested, load: Load | None = None) -> Leg:
+    """Warm-up: over it a closed loop's slots start one by one, for as long as an answer takes, or
+    as long as it took to settle there; in a shorter one their prompts crowd each other, which the
+    measured requests would feel. `number`: of legs so far; `history`: all legs, INVALID too."""
+    replicate = sum(j.value == value and j.phase == phase for j in history)
+    each_s = answer_s(plan, tested, value)
+    lost = any(j.load == "UNSAFE" for j in tested)
+    share = 1.0
+    if phase == "ladder" and lost:
+        share = KNEE_WARMUP
+    elif phase == "ladder" and is_far(tested):
+        share = FAR_WARMUP
+    settled_s = max((j.settled_s for j in tested if j.value == value and j.settled_s
+                     and j.phase in evidence.OF_LEVEL), default=0.0)
+    most_s = 1.2 * LEG_OF_BUDGET * plan.budget_s
+    warmup_s = max(1.0, min(max(share * each_s, min(settled_s, 2 * each_s)), most_s))
+    if phase == "recover":
+        warmup_s = 0.0
+    return Leg(id=f"{phase}-{value:g}-r{replicate}", axis=plan.axis, value=value, phase=phase,
+               replicate=replicate, seed=plan.seed * 10_000 + number,
+               load=load or load_of(plan.axis, value), warmup_s=round(warmup_s, 3),
+               measure_s=round(measure_s, 3),
+               cut_below=None if phase in ("overload", "recover") else plan.criteria.target)
+
+
+def load_of(axis: Axis, value: float) -> Load:
+    return (Closed(concurrency=int(value)) if axis == "concurrency"
+            else Open(rate_rps=PerSecond(value)))
+
+
+def open_load(per_s: float, arrivals: Literal["poisson", "gamma"]) -> Load:
+    return Open(rate_rps=PerSecond(round(per_s, 4)), arrivals=arrivals,
+                cv=2.0 if arrivals == "gamma" else 1.0)
