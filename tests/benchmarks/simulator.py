@@ -14,8 +14,10 @@ came more than 5 ms after it was due.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
+import random
 import resource
 import select
 import socket
@@ -114,14 +116,20 @@ def speed_for(streams: int, rate_eps: float) -> float:
     return rate_eps * step_s / streams
 
 
+def _asked(tokens: int) -> bytes:
+    body = json.dumps({"model": "qwen2.5-7b", "prompt": "Say something.", "stream": True,
+                       "max_tokens": tokens, "ignore_eos": True}).encode()
+    return (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(body), body))
+
+
 class Reader:
-    """Streams on raw sockets. Each asks again when its answer has ended."""
+    """Streams on raw sockets. Each asks again when its answer has ended; answers have from half to
+    one and a half times so many tokens, so that they do not all end at once."""
 
     def __init__(self, port: int, tokens: int) -> None:
-        body = json.dumps({"model": "qwen2.5-7b", "prompt": "Say something.", "stream": True,
-                           "max_tokens": tokens, "ignore_eos": True}).encode()
-        self._asked = (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json"
-                       b"\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        self._asks = itertools.cycle([_asked(n) for n in random.Random(1).choices(
+            range(tokens // 2, tokens * 3 // 2), k=1000)])
         self._port = port
         self._epoll = select.epoll()
         self._socks: dict[int, socket.socket] = {}
@@ -134,7 +142,7 @@ class Reader:
             self._socks[sock.fileno()] = sock
             self._epoll.register(sock.fileno(), select.EPOLLIN)
             if ask:
-                sock.send(self._asked)
+                sock.send(next(self._asks))
                 self.read(0.0)
 
     def read(self, seconds: float) -> None:
@@ -153,7 +161,7 @@ class Reader:
         self.events += data.count(b"data: {")
         if data.endswith(b"0\r\n\r\n"):
             self.ended += 1
-            sock.send(self._asked)
+            sock.send(next(self._asks))
 
     def close(self) -> None:
         for sock in self._socks.values():
