@@ -83,7 +83,7 @@ def write(path: Path, levels: Sequence[int] = tuple(THROUGHPUT), confirm: int | 
     plan = [leg(c, phase, max(measure_s, 2.5 * c / THROUGHPUT[c]), c / THROUGHPUT[c],
                 replicate=list(levels[:i]).count(c)) for i, c in enumerate(levels)]
     plan += [leg(confirm, "confirm", proof_s, 6.0, replicate=i)
-             for i in range(4)] if confirm else []
+             for i in range(1 if crash else 4)] if confirm else []
     for one in plan:
         legs.append(LegLine(leg=one))
         window, done = hold(one, clock, rng, errors)
