@@ -147,7 +147,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     distress = _distress(signs, n)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
     refuted = [c for c, (g, m) in classes.items()
-               if m and metrics.upper_bound(g * upper_worth, m * upper_worth, each) < criteria.target]
+               if m and metrics.upper_bound(g * upper_worth, m * upper_worth, each)
+               < criteria.target]
     strains = sorted(((r.due_ns, x, is_due(window, r)) for r in records
                       if not window.is_void(r.due_ns, r.end_ns)
                       and (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
@@ -176,8 +177,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
                         if share and not metrics.misses(r, slos[r.cls])) / window_s,
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
         e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=answer_s, balance=books,
-        distress=bool(distress), open_loop=not isinstance(leg.load, Closed), blocks=blocks,
-        strain=_strain(inside, criteria.target),
+        distress=bool(distress), open_loop=not isinstance(leg.load, Closed),
+        blocks=blocks, strain=_strain(inside, criteria.target),
         settled_s=_settled_s(window, strains), rises=rises)
 
 

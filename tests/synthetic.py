@@ -82,7 +82,8 @@ def write(path: Path, levels: Sequence[int] = tuple(THROUGHPUT), confirm: int | 
     records.append(Header(SCHEMA, "synthetic", 0, clock.now_ns, 1_763_000_000 * S))
     plan = [leg(c, phase, max(measure_s, 2.5 * c / THROUGHPUT[c]), c / THROUGHPUT[c],
                 replicate=list(levels[:i]).count(c)) for i, c in enumerate(levels)]
-    plan += [leg(confirm, "confirm", proof_s, 6.0)] if confirm else []
+    plan += [leg(confirm, "confirm", proof_s, 6.0, replicate=i)
+             for i in range(1 if crash else 4)] if confirm else []
     for one in plan:
         legs.append(LegLine(leg=one))
         window, done = hold(one, clock, rng, errors)

@@ -19,8 +19,8 @@ def test_a_scenario_and_a_class_take_limits_by_name() -> None:
 
 def test_the_command_line_takes_a_name_and_limits_over_it() -> None:
     assert parse_slo("code-completion") == Slo(Seconds(0.3), Seconds(0.03), e2e_s=Seconds(3))
-    assert parse_slo("code-completion ttft=1s").ttft_s == 1
-    assert parse_slo("ttft=1s,code-completion").ttft_s == 0.3
+    assert parse_slo("code-completion ttft=1s").ttft_s == Seconds(1)
+    assert parse_slo("ttft=1s,code-completion").ttft_s == Seconds(0.3)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:

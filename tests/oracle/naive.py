@@ -89,7 +89,8 @@ def fixed_grid(bench: Bench) -> float | None:
             bench.load_s += 2 * bench.world.answer_s(load)
             legs.append(bench.blocks(load, held_s))
             seen = sequential.share(legs, criteria.target, criteria.confidence,
-                                    criteria.runs_differ, criteria.refute)
+                                    criteria.runs_differ,
+                                    (criteria.refute, criteria.refutes_differ))
         if seen.lower < criteria.target:
             break
         found, load = load, load * ramp.FINEST
