@@ -205,6 +205,8 @@ def test_a_slow_ping_is_no_drift() -> None:
     clock.add(Ping(0, 900_000, 900_000, 1_000_000))  # nearly all of it on the way there
     clock.add(Ping(0, 50, 50, 100))
     assert clock.drift_ns(0) == 0
+    clock.add(Ping(0, 5_000_020, 5_000_020, 40))  # a drift that the slow one would hide
+    assert clock.drift_ns(-5_000_000) > 4_900_000
 
 
 # ----------------------------------------------------------------------------------------- ledger
