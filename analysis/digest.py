@@ -135,7 +135,8 @@ class Reader:
             self.torn += 1
             return False
         if told and len(told) == r.n_events and self._window is not None and r.output_tok:
-            r.window_tok = window_tok(r, _decode_ints(r.gaps_us) or [], told, self._window)
+            gaps = _decode_ints(r.gaps_us) if r.gaps_us else None  # one event has none
+            r.window_tok = window_tok(r, gaps or [], told, self._window)
         r.gaps_us = r.reads = r.event_tok = NONE
         return True
 

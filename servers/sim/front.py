@@ -2,16 +2,20 @@
 thing after the other. Where it is the limit, the engine runs ahead of it, and clients see tokens,
 and their answers' ends, later than the engine made them.
 
-It gives out in turns. A turn takes all steps that have ended since the one before began, and a
-stream's tokens of several steps become one event, as in vLLM, whose queue per request keeps the
-output that nobody has fetched yet and adds the next one to it. So it lags by a turn or two, however
-fast the engine is.
+It gives out in turns, one step after the other. Of steps with few tokens a turn takes all that
+wait, and a stream's tokens of several steps become one event: vLLM's queue per request adds an
+output to one that nobody has fetched yet. More than CHUNK_TOK tokens of a step it hands over in
+parts, and whoever waits for one fetches it in between: those are told one by one. (Real ones, at
+concurrency 64, 128 and 256 of Qwen2.5-0.5B on an H200: 1.1, 1.9 and 1.2 tokens in an event.)
 """
 
 import itertools
+from collections import deque
 from typing import NamedTuple
 
 from servers.sim.profiles import Constants
+
+CHUNK_TOK = 128  # vLLM's VLLM_V1_OUTPUT_PROC_CHUNK_SIZE
 
 
 class Turn(NamedTuple):
@@ -30,12 +34,12 @@ class Front:
         self._token_s, self._merged_s = constants.front_token_s, constants.front_merged_s
         self._request_s, self._latency_s = constants.front_request_s, constants.front_latency_s
         self._taken_s = self._given_s = 0.0  # the last request, and the last turn, is through
-        self._steps = self._events = self._tokens = 0  # of the turn that has not begun
+        self._waiting: deque[tuple[int, int]] = deque()  # steps: tokens, and how many are fresh
 
     @property
     def next_s(self) -> float | None:
         """When the next turn begins, if steps wait for it."""
-        return self._given_s if self._steps else None
+        return self._given_s if self._waiting else None
 
     def take_in(self, now_s: float) -> float:
         """A request came; when the engine has it."""
@@ -46,10 +50,8 @@ class Front:
     def give_out(self, now_s: float, tokens: int, fresh: int) -> list[Turn]:
         """A step ended with so many tokens that are to be told, `fresh` of them to streams that had
         none in the step before. The turns that are known now: of earlier steps, or of this one."""
-        known = self.begin(now_s) if self._steps else []
-        self._events += fresh if self._steps else tokens
-        self._tokens += tokens
-        self._steps += 1
+        known = self.begin(now_s)
+        self._waiting.append((tokens, fresh))
         if self._given_s <= now_s:
             self._given_s = now_s
             known += self.begin(now_s)
@@ -59,18 +61,22 @@ class Front:
         """When the events of steps that end there are written, all streams having a token in each;
         nothing where a turn would take more than one of them."""
         each_s = self._token_s * tokens
-        if (self._steps or not ends_s or self._given_s > ends_s[0] or each_s > min(
+        if (self._waiting or not ends_s or self._given_s > ends_s[0] or each_s > min(
                 [b - a for a, b in itertools.pairwise(ends_s)], default=each_s)):
             return []
         self._given_s = ends_s[-1] + each_s
         return [end_s + each_s for end_s in ends_s]
 
     def begin(self, now_s: float) -> list[Turn]:
-        """The turn that has begun by now."""
-        if not self._steps or self._given_s > now_s:
-            return []
-        self._given_s += (self._token_s * self._events
-                          + self._merged_s * (self._tokens - self._events))
-        turn = Turn(self._given_s, self._steps)
-        self._steps = self._events = self._tokens = 0
-        return [turn]
+        """The turns that have begun by now."""
+        begun = []
+        while self._waiting and self._given_s <= now_s:
+            tokens, _ = self._waiting.popleft()
+            self._given_s += self._token_s * tokens
+            steps = 1
+            while tokens <= CHUNK_TOK and self._waiting and self._waiting[0][0] <= CHUNK_TOK:
+                more, fresh = self._waiting.popleft()
+                self._given_s += self._token_s * fresh + self._merged_s * (more - fresh)
+                steps += 1
+            begun.append(Turn(self._given_s, steps))
+        return begun

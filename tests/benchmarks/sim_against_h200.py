@@ -1,11 +1,6 @@
 """What was measured on a real H200 (vLLM 0.26, Qwen2.5-7B, 1,024 in / 256 out, closed loop, no
 prefix cache, clients that start at once) against the simulator, in virtual time.
 
-The client was one `vllm bench serve`, a Python process that reads an event after the other. Four of
-them at a quarter of the load each got 5 % more out of the server, so we take it that at 512 streams
-one lagged; and who lags asks later, so that answers end, and requests begin, in bursts. Therefore
-the client is simulated, too: one constant, fitted to the TTFT at 512 streams.
-
     python -m tests.benchmarks.sim_against_h200
 """
 
@@ -23,12 +18,10 @@ from loadgen.virtual import VirtualExecutor
 from servers.sim.__main__ import engine_config, parse
 from servers.sim.costs import BLOCK_TOK
 from servers.sim.engine import EngineConfig
-from servers.sim.front import Front, Turn
 
 OPTIONS = ("--gpu", "h200", "--model", "qwen2.5-7b", "--max-model-len", "32768",
            "--gpu-memory-utilization", "0.9", "--no-enable-prefix-caching")
 ITL_MS = {1: 4.75, 8: 4.95, 64: 5.99, 256: 13.9}  # median gap, by concurrency
-CLIENT_EVENT_S = 57e-6  # its time per event
 WAVES = 3  # of so many prompts as there are clients: 1,536 for 512, as then
 
 
@@ -43,24 +36,6 @@ class Figure(Struct, frozen=True):
         return self.simulated / self.measured - 1
 
 
-class Behind(Front):
-    """The front end, as a client sees it that needs its time for each event."""
-
-    _read_s = 0.0
-
-    def begin(self, now_s: float) -> list[Turn]:
-        events = self._events
-        return [Turn(self._reads(turn.written_s, events), turn.steps)
-                for turn in super().begin(now_s)]
-
-    def _reads(self, written_s: float, events: int) -> float:
-        self._read_s = max(written_s, self._read_s) + CLIENT_EVENT_S * events
-        return self._read_s
-
-    def steady(self, ends_s: list[float], tokens: int) -> list[float]:
-        return []
-
-
 def closed_loop(config: EngineConfig, concurrency: int, prompt_tok: int = 1024,
                 output_tok: int = 256, prompts: int | None = None) -> list[RequestRecord]:
     """All clients start at once; so many prompts in all."""
@@ -70,8 +45,7 @@ def closed_loop(config: EngineConfig, concurrency: int, prompt_tok: int = 1024,
     leg = Leg(id="bench", axis="concurrency", value=concurrency, phase="run", replicate=0, seed=1,
               load=Closed(concurrency=concurrency), warmup_s=0.0, measure_s=None,
               num_sessions=prompts or WAVES * concurrency)
-    _, records, _ = asyncio.run(VirtualExecutor(
-        mix, config, front=Behind(config.machine.constants)).run_leg(leg))
+    _, records, _ = asyncio.run(VirtualExecutor(mix, config).run_leg(leg))
     assert all(r.outcome is Outcome.OK for r in records)
     return records
 
