@@ -28,7 +28,7 @@ def test_half_an_hour_comes_nearer(axis: Axis) -> None:
     found = row_of(bernoulli(axis, range(20), 1800.0))
     assert found.over <= 0.1
     assert found.none == 0
-    assert found.median >= (0.88 if axis == "concurrency" else 0.8)
+    assert found.median >= (0.85 if axis == "concurrency" else 0.8)
 
 
 def test_where_runs_differ_more_than_is_assumed_it_still_holds() -> None:
