@@ -20,6 +20,8 @@ KNEE_WARMUP = 0.45  # of an answer: a level past the first lost one is only for 
 GROWTH, FULL_GROWTH = 1.25, 1.8  # of an answer's time from one level to the next
 LEG_OF_BUDGET = 0.07  # … but no level may eat the confirmation's time
 LEG_OF_E2E = 1.5  # a level is measured for this many answers: less would only see its start
+BLIND = 3.0  # times a leg in which no request was due: so long may answers be that were not seen
+BLIND_OF_BUDGET = 0.3  # what the next level may then take
 PROOF_N = 170  # requests that prove 0.95 with one miss, in two legs
 LEG_N = 110  # of a confirmation's leg: many short legs tell more than a long one …
 LEAST_N = 60  # … but each has its warm-up
@@ -50,18 +52,25 @@ def answer_s(plan: SweepPlan, tested: Tested, value: float) -> float:
     """What an answer will take at `value`, s. In a closed loop twice the load makes it a little
     longer, and almost twice as long once the server is full."""
     here = [j.answer_s for j in tested if j.value == value and j.answer_s]
+    blind_s = max((BLIND * j.window_s for j in blind(tested)), default=0.0)
     if here:
-        return here[-1]
+        return max(here[-1], blind_s)
     took = [j for j in tested if j.answer_s]
     if not took:
-        return 1.0
+        return max(1.0, blind_s)
     near = max((j for j in took if j.value < value), key=lambda j: j.value, default=took[-1])
     assert near.answer_s is not None
     if plan.axis == "rate" or near.value >= value:
         return near.answer_s
     full = near.load == "UNSAFE" or any(j.load == "UNSAFE" and j.value > value for j in tested)
     growth = FULL_GROWTH if full else GROWTH
-    return float(near.answer_s * growth ** math.log2(value / near.value))
+    return max(blind_s, float(near.answer_s * growth ** math.log2(value / near.value)))
+
+
+def blind(tested: Tested) -> list[Judgement]:
+    """The last legs of the ladder, as far as no request was due in them: answers take longer."""
+    seen = [i for i, j in enumerate(tested) if j.n or j.died or j.phase != "ladder"]
+    return list(tested[seen[-1] + 1 if seen else 0:])
 
 
 def rps(plan: SweepPlan, tested: Tested, value: float) -> float:
@@ -75,8 +84,8 @@ def rps(plan: SweepPlan, tested: Tested, value: float) -> float:
 def ladder_s(plan: SweepPlan, tested: Tested, value: float) -> float:
     """How long a level of the ladder is measured, s."""
     least_s = LOW_LEG_S if not tested or is_far(tested) else MIN_LEG_S
-    return max(least_s, min(LEG_OF_E2E * answer_s(plan, tested, value),
-                            LEG_OF_BUDGET * plan.budget_s))
+    share = BLIND_OF_BUDGET if blind(tested) else LEG_OF_BUDGET
+    return max(least_s, min(LEG_OF_E2E * answer_s(plan, tested, value), share * plan.budget_s))
 
 
 def is_far(tested: Tested) -> bool:

@@ -40,6 +40,7 @@ StopReason = Literal["CONFIRMED", "NO_SAFE_LEVEL", "BUDGET", "GENERATOR_LIMIT", 
 ERROR_STOP = 0.05
 GAIN_STOP = 0.05
 ENOUGH_N = 20  # requests after which a share under the target is no accident of the start
+MAX_BLIND = 3  # legs in turn in which no request was due
 MAX_RESTARTS = 2
 # Strain of the level to try, in the default budget and in larger ones: what is left is for chance.
 AIM: dict[Axis, tuple[float, float]] = {"concurrency": (0.89, 0.965), "rate": (0.76, 0.82)}
@@ -124,8 +125,11 @@ def _decide(state: State, spent_s: float) -> Action:
 
 
 def _above(plan: SweepPlan, tested: Sequence[Judgement]) -> float | None:
-    """The ladder's next level. Far under the limits each second one is passed over while time is
-    short; and of rates always: few requests come there, and no knee is drawn of them."""
+    """The ladder's next level; the last one again, if two in turn were too short for their answers.
+    Far under the limits each second one is passed over while time is short; and of rates always:
+    few requests come there, and no knee is drawn of them."""
+    if len(unseen := pace.blind(tested)) > 1:
+        return tested[-1].value if len(unseen) <= MAX_BLIND else None
     higher = [x for x in plan.levels if not tested or x > max(j.value for j in tested)]
     hurries = plan.finest is not None and (plan.axis == "rate" or plan.budget_s < pace.MANY)
     skips = hurries and len(higher) > 1 and bool(tested) and (
@@ -165,7 +169,7 @@ def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], above: float, spent_s
     cost_s = 2 * answer_s + pace.ladder_s(plan, tested, above)
     known_rps = last.achieved_rps
     left_s = plan.budget_s - spent_s
-    if left_s * known_rps < pace.least_proof_n(plan.criteria):
+    if pace.proof_s(plan, tested, last.value, left_s) is None:
         return left_s > cost_s  # nothing can be proven here; higher up answers come faster
     proof_s = min(1.5 * pace.PROOF_N / max(known_rps, 0.1), plan.budget_s / 3) + 3 * answer_s
     return left_s > cost_s + proof_s

@@ -136,8 +136,9 @@ class Batch:
 
 
 class StepTime:
-    """Seconds of one forward pass on all `tp` GPUs, and of the host around it: linear in the
-    batch but for the roofline's bend, so its coefficients are worked out once."""
+    """Seconds of one forward pass on all `tp` GPUs, and of the host around it; or those of the
+    engine's own loop, which prepares the next step meanwhile, where a small model is quicker.
+    Linear in the batch but for two bends, so its coefficients are worked out once."""
 
     def __init__(self, machine: Machine) -> None:
         m, gpu, tp, c = machine.model, machine.gpu, machine.tp, machine.constants
@@ -156,6 +157,7 @@ class StepTime:
             self._link_tok_s = 2 * m.layers * sent / gpu.link_bandwidth
         self._host_s = c.host_step_s + c.host_layer_s * m.layers
         self._seq_s = c.host_seq_s
+        self._loop_s, self._loop_seq_s = c.loop_step_s, c.loop_seq_s
 
     def __call__(self, batch: Batch) -> float:
         return self.of(batch.new_tok, batch.sampled, batch.attended, batch.context_tok)
@@ -165,5 +167,6 @@ class StepTime:
         compute_s = (self._flop_tok_s * new_tok + self._flop_sample_s * sampled
                      + self._flop_pair_s * attended)
         memory_s = self._weights_s + self._kv_s * context_tok + self._move_tok_s * new_tok
-        return (max(memory_s, compute_s) + self._link_s + self._link_tok_s * new_tok
-                + self._host_s + self._seq_s * sampled)
+        return max(max(memory_s, compute_s) + self._link_s + self._link_tok_s * new_tok
+                   + self._host_s + self._seq_s * sampled,
+                   self._loop_s + self._loop_seq_s * sampled)

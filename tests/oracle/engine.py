@@ -51,7 +51,9 @@ def scaled(config: EngineConfig, speed: float) -> EngineConfig:
     c = machine.constants
     constants = dataclasses.replace(c, host_step_s=c.host_step_s / speed,
                                     host_layer_s=c.host_layer_s / speed,
-                                    host_seq_s=c.host_seq_s / speed)
+                                    host_seq_s=c.host_seq_s / speed,
+                                    loop_step_s=c.loop_step_s / speed,
+                                    loop_seq_s=c.loop_seq_s / speed)
     return dataclasses.replace(config, machine=dataclasses.replace(
         machine, gpu=gpu, constants=constants))
 
