@@ -500,10 +500,14 @@ def test_a_key_does_not_travel_and_must_be_the_same_on_all_hosts(tmp_path: Path)
                 said = await asyncio.to_thread(running.over, 60)
             assert said.code == cli.INVALID, said.all
             assert "its API key is not the master's" in said.all
-            with fleet(tmp_path, raw.url, "--api-key", "sk-same", workers=1, time_s=3,
+            (tmp_path / "two").mkdir()
+            with fleet(tmp_path / "two", raw.url, "--api-key", "sk-same", workers=1, time_s=3,
                        worker_options={0: ("--api-key", "sk-same")}) as running:
                 said = await asyncio.to_thread(running.over, 60)
+                worker = await asyncio.to_thread(running.worker_over, 0)
             sent = [got for got in raw.requests if "Bearer sk-same" in got.head]
             assert len(sent) > 50
-            assert "sk-same" not in said.all
+            assert "sk-same" not in said.all + worker.all
+            for path in (tmp_path / "two" / "r").iterdir():
+                assert b"sk-same" not in path.read_bytes(), path
     asyncio.run(test())
