@@ -12,16 +12,8 @@ from msgspec import Struct
 from analysis import words
 from analysis.frame import Run
 from analysis.phrases import daily
-from loadgen.errors import (
-    DIED,
-    INCONCLUSIVE,
-    INTERRUPTED,
-    INVALID,
-    PASS,
-    PRECEDENCE,
-    SLO_MISSED,
-    StoreError,
-)
+from loadgen import exits
+from loadgen.errors import PASS, StoreError
 from loadgen.judge import Judgement, LoadVerdict
 from loadgen.leg import Axis
 from loadgen.validity import Measurement
@@ -165,34 +157,10 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def exit_code(run: Run, stop: str | None = None) -> int:
-    """130 > 2 > 3 > 4 > 1 > 5 > 0, of a run over all its legs. A sweep that found its safe level
-    passes even if a higher one killed the server. `stop`: why one that ran just now stopped."""
+    """`stop`: why one that ran just now stopped."""
     endings = [window.ending for _, window in run.legs]
-    if stop == "interrupted" or (stop is None and endings[-1:] == ["interrupted"]):
-        return INTERRUPTED
-    searched = [j for j in run.judgements if j.phase != "unit"]
-    if not searched:
-        return INVALID
-    if run.is_run:
-        codes = {_leg_code(j) for j in run.judgements}
-        return next(c for c in PRECEDENCE if c in codes)
-    last, answer = searched[-1], run.conclusion
-    if stop == "failed" or endings[-1:] == ["failed"]:
-        return INVALID
-    if answer.safe is not None:
-        return PASS
-    if stop == "GENERATOR_LIMIT" or last.measurement == "INVALID":
-        return INVALID
-    if stop == "SERVER_DIED" or last.died:
-        return DIED
-    return SLO_MISSED if answer.load == "UNSAFE" else INCONCLUSIVE
-
-
-def _leg_code(j: Judgement) -> int:
-    """Of a leg that was asked for as such."""
-    if j.measurement == "INVALID":
-        return INVALID
-    return DIED if j.died else {"SAFE": PASS, "UNSAFE": SLO_MISSED}.get(j.load, INCONCLUSIVE)
+    return exits.exit_code(run.judgements, None if run.is_run else run.conclusion,
+                           endings[-1] if endings else None, stop)
 
 
 if __name__ == "__main__":

@@ -479,10 +479,14 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     """Writes summary and report, says the verdict, gives the exit code."""
     from rich.console import Console  # noqa: PLC0415
 
-    from analysis import deaths, gpus, summary, words  # noqa: PLC0415
-
     try:
+        from analysis import deaths, gpus, summary, words  # noqa: PLC0415
+
         finished = summary.finish(folder, slo, report=html)
+    except ModuleNotFoundError as e:
+        if result is None or e.name is None:
+            raise
+        return _only_recorded(folder, result, e.name)
     except StoreError:
         if result is not None and result.says:  # what came first must not be lost in what followed
             click.echo(f"loadgen: {result.says}", err=True)
@@ -504,6 +508,27 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
         console.print(f"Go on with: loadgen sweep --resume {folder}", soft_wrap=True,
                       highlight=False)
     return code
+
+
+def _only_recorded(folder: Path, result: Any, missing: str) -> int:
+    """A host that makes load needs no pandas, pyarrow, scipy or altair: the verdict in a line."""
+    from loadgen import exits  # noqa: PLC0415
+    from loadgen.evidence import conclude  # noqa: PLC0415
+    from loadgen.judge import Criteria  # noqa: PLC0415
+    from loadgen.store import RunFolder  # noqa: PLC0415
+
+    kept = RunFolder(folder)
+    manifest, legs = kept.manifest(), kept.legs()
+    answer = None
+    if manifest.plan is not None:
+        answer = conclude(result.judgements, manifest.plan["axis"],
+                          Criteria(manifest.target_frac, manifest.confidence))
+        up_to = "" if answer.safe is None else f", up to {answer.safe:g}"
+        click.echo(f"\n{answer.load}{up_to}. {result.says}")
+    click.echo(f"No tables and no report, as there is no {missing} here; all is recorded, make "
+               f"them where it is: loadgen report {folder}")
+    return exits.exit_code(result.judgements, answer, legs[-1][1].ending
+                           if legs and legs[-1][1] else None, result.stop)
 
 
 def _exit_code(finished: Any, result: Any) -> int:

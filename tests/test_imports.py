@@ -30,6 +30,7 @@ ALLOWED = {
     "sequential": "", "settle": "",
     "judge": "balance headroom leg metrics record scenario sequential settle validity",
     "evidence": "judge leg metrics sequential",
+    "exits": "errors evidence judge",
     "pace": "evidence judge leg scenario sequential",
     "ramp": "evidence judge leg pace scenario",
     "sweep": "errors judge leg ramp record scenario",
@@ -77,21 +78,21 @@ ALLOWED = {
               "virtual watch",
     "campaign": "errors scenario store target",
     "options": "dial errors scenario target",
-    "cli": "options calibration campaign doctor errors judge leg ramp resume runner scenario "
-           "target view",
+    "cli": "options calibration campaign doctor errors evidence exits judge leg ramp resume "
+           "runner scenario store target view",
     "datasets": "errors plan record scenario",
     "validate": "errors record scenario store",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
-                "scenario", "telemetry.signs", "errors", "headroom", "unit"}
+                "scenario", "telemetry.signs", "errors", "exits", "headroom", "unit"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",
              "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
-        "validity", "sequential", "settle", "judge", "evidence", "pace", "ramp", "leg",
+        "validity", "sequential", "settle", "judge", "evidence", "exits", "pace", "ramp", "leg",
         "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
         "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
         "hosts.tallies"}
