@@ -80,10 +80,33 @@ def of_sweep(run: Run, conclusion: Conclusion, knee: Knee) -> Verdict:
     sentences.append(knees.says(knee))
     suspect = conclusion.suspect if conclusion.load == "SAFE" else any(
         j.measurement == "SUSPECT" for j in usable)
-    if suspect:
+    sentences += beside(conclusion)
+    if any(j.measurement == "SUSPECT" for j in usable) and suspect:
         sentences.append("The measurement is suspect: see the findings.")
     return Verdict(conclusion.load, "SUSPECT" if suspect else "VALID",
                    _headline(run, conclusion, usable), sentences)
+
+
+def beside(conclusion: Conclusion) -> list[str]:
+    """What else the search saw: levels too near the limits, doubts, checks of the safe level."""
+    found = [f"{level:g} kept the limits, but by too little to count on it in another run."
+             for level in conclusion.near]
+    found += [f"In doubt: {doubt}." for doubt in conclusion.doubts]
+    for c in conclusion.checks:
+        if c.kind == "recover":
+            if c.recovery_s is not None:
+                found.append(f"{CHECKED[c.kind]}: as before after {c.recovery_s:.0f} s.")
+            continue
+        found.append(f"{CHECKED[c.kind]}: {c.good} of {c.n} met it, {c.load.lower()}.")
+    if conclusion.checks and conclusion.not_tried:
+        names = ", ".join(CHECKED[kind].lower() for kind in conclusion.not_tried)
+        found.append(f"No time was left for: {names}.")
+    return found
+
+
+CHECKED = {"reference": "A lower level once more", "soak": "Soak, fresh prompts",
+           "poisson": "The same rate as Poisson arrivals", "burst": "In bursts (CV 2)",
+           "overload": "At 1.3 times the load", "recover": "Recovery from it"}
 
 
 def _headline(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> str:

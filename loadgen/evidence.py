@@ -63,8 +63,9 @@ class Check(Struct, frozen=True):
 class Conclusion(Struct, frozen=True):
     """The sweep's answer. `safe`: largest safe level; `unsafe`: smallest unsafe one; `at_least`:
     nothing above was shown to be unsafe; `doubts`: what weakens it (drift, attainment that is not
-    monotone); `more_s`: so much more load would settle an UNRESOLVED; `not_tried`: checks that
-    the budget did not hold."""
+    monotone); `near`: levels above that kept their limits by too little to count on it again;
+    `more_s`: so much more load would settle an UNRESOLVED; `not_tried`: checks that the budget did
+    not hold."""
 
     axis: Axis
     load: LoadVerdict
@@ -77,6 +78,7 @@ class Conclusion(Struct, frozen=True):
     target: float
     confidence: float
     doubts: list[str] = []
+    near: list[float] = []
     checks: list[Check] = []
     not_tried: list[Phase] = []
     more_s: float | None = None
@@ -232,6 +234,8 @@ def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Con
         load = "UNSAFE"
     shown = best or max(proofs, key=lambda p: p.value, default=None)
     doubts = [*drifts(legs), *not_monotone(legs, criteria)]
+    near = [p.value for p in proofs if p.load == "UNRESOLVED" and p.lower >= criteria.target
+            and (best is None or p.value > best.value)]
     checks = _checks(legs, best.value) if best else []
     spoiled = best is not None and any(j.measurement == "SUSPECT" for j in legs
                                        if j.value == best.value and j.phase in PROVES)
@@ -241,7 +245,8 @@ def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Con
         at_least=best is not None and unsafe is None, proof=shown,
         suspect=spoiled or (best is not None and bool(doubts)),
         reasons=_why(legs, unsafe, criteria),
-        target=criteria.target, confidence=criteria.confidence, doubts=doubts, checks=checks,
+        target=criteria.target, confidence=criteria.confidence, doubts=doubts, near=near,
+        checks=checks,
         not_tried=[k for k in kinds if best and not any(j.phase == k for j in legs)],
         more_s=shown.more_s if shown is not None and load == "UNRESOLVED" else None)
 

@@ -31,7 +31,7 @@ def proven(run: Run) -> int:
 def test_safe_says_how_sure_it_is_on_how_much_it_rests_and_what_to_keep(sweep: Run) -> None:
     first, second, third = three.of(sweep)
     assert first == (f"Safe up to 32 concurrent requests of this mix (95 % confident that ≥ 95 % "
-                     f"meet {LIMITS}; 1 run, {proven(sweep)} requests; not soak-tested).")
+                     f"meet {LIMITS}; 4 runs, {proven(sweep):,} requests; not soak-tested).")
     j = next(j for j in sweep.judgements if j.value == 64)
     assert second.startswith("At 64 only ")
     assert second.endswith(f" of {j.n} met them: most misses are by TPOT.")
@@ -56,7 +56,7 @@ def test_the_largest_level_that_was_tested_is_at_least_safe(tmp_path: Path) -> N
     run = frame.load(synthetic.write(tmp_path / "run", levels=(8, 16), confirm=16))
     assert three.of(run) == [
         f"Safe up to at least 16 concurrent requests of this mix (95 % confident that ≥ 95 % meet "
-        f"{LIMITS}; 1 run, {proven(run)} requests; not soak-tested).",
+        f"{LIMITS}; 4 runs, {proven(run):,} requests; not soak-tested).",
         "No higher level was tested: it may take more.",
         "Keep 12 (75 %) for daily use, or look further up with --max-concurrency 32."]
 
