@@ -182,6 +182,8 @@ def duration(value_s: float | None) -> str:
     """A time as people read it: "840 ms", "2.31 s"; "–" where there is none."""
     if value_s is None or np.isnan(value_s):
         return "–"
+    if 0 < value_s < 1e-5:
+        return "< 0.01 ms"
     if value_s < 0.9995:
         return f"{1000 * value_s:.3g} ms" if value_s < 0.0995 else f"{1000 * value_s:.0f} ms"
     return f"{value_s:.2f} s" if value_s < 9.995 else f"{value_s:.1f} s"

@@ -1,5 +1,6 @@
 """The report's tables, as HTML."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
@@ -14,9 +15,10 @@ from analysis.words import Answer
 from loadgen import metrics
 
 VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
+LONG = 32  # characters; a longer cell is a text, and begins at the left
 FIRST = 11  # columns of steps.HEADS that fit a page together
 MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemptions", "prefix hits",
-        "queue / prefill / decode", "GPU GiB", "GPU busy", "server GiB", "server cores")
+        "ms queued / prefill / decode", "GPU GiB", "GPU busy", "server GiB", "server cores")
 GENERATOR = ("leg", "sent late, p99", "loop lag, p99", "CPU", "waited for a core", "dropped",
              "stood still", "GC", "descriptors")
 GPU = ("leg", "GiB at start", "GiB peak", "over after load", "of GiB", "busy", "power", "SM clock",
@@ -40,12 +42,12 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
     yield _table(steps.HEADS[:FIRST], (own[:FIRST] for own in cells))
     yield _table(("leg", *steps.HEADS[FIRST:], *MORE), (
         [own[0], *own[FIRST:], *_more(r)] for own, r in zip(cells, rows, strict=True)))
-    yield _table(("leg", "why"), ([r["leg"], r["reasons"].ljust(41)] for r in rows))
+    yield _table(("leg", "why"), ([r["leg"], r["reasons"].ljust(LONG + 1)] for r in rows))
     if run.states:
         yield "<h2>The server’s states</h2>"
         yield f'<p class="muted">{escape(deaths.sentence(run) or "It did not die.")}</p>'
         yield _table(("at", "leg", "state", "evidence"), (
-            [duration(s["t_s"]), s["leg"] or "–", s["state"], (s["why"] or "").ljust(41)]
+            [f"{s['t_s']:.1f} s", s["leg"] or "–", s["state"], (s["why"] or "").ljust(LONG + 1)]
             for s in deaths.states(run) if s["why"] or s["state"] == "STARTING"))
     if any(gpu.n for gpu in run.gpus):
         yield "<h2>The server’s GPUs</h2>"
@@ -84,7 +86,7 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
     if said:
         yield "<h3>What failed requests were told</h3>"
         yield _table(("outcome", "requests", "message"), (
-            [outcome, str(n), error.ljust(41)] for (outcome, error), n in said))
+            [outcome, str(n), error.ljust(LONG + 1)] for (outcome, error), n in said))
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -92,7 +94,7 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     top = "".join(f"<th>{escape(x)}</th>" for x in heads)
     lines = []
     for row in rows:
-        marked = ((x, x.lower() if x in VERDICTS else "text" if len(x) > 40 else "") for x in row)
+        marked = ((x, x.lower() if x in VERDICTS else "text" if len(x) > LONG else "") for x in row)
         lines.append("<tr>" + "".join(f'<td class="{kind}">{escape(x)}</td>' if kind else
                                       f"<td>{escape(x)}</td>" for x, kind in marked) + "</tr>")
     return (f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}'
@@ -103,7 +105,8 @@ def _more(r: Mapping[Any, Any]) -> list[str]:
     return [number(r["prompt_tok_s"], ".0f"), duration(r["ttft_max_s"]), duration(r["itl_p99_s"]),
             number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
             percent(r["prefix_hit_frac"]), " / ".join(
-                duration(r[f"{x}_mean_s"]) for x in ("queue", "prefill", "decode")),
+                number(1000 * (r[f"{x}_mean_s"] or math.nan), ".0f")
+                for x in ("queue", "prefill", "decode")),
             number(r["gpu_memory_peak_gib"], ".1f"),
             percent(r["gpu_util_frac"]), number(r["server_rss_gib"]),
             number(r["server_cpu_cores"], ".2f")]
