@@ -6,6 +6,7 @@ from tests.benchmarks.sim_against_h200 import (
     closed_loop,
     figures,
     itl_ms,
+    others,
     output_tps,
     prefill_tps,
     ttft_s,
@@ -17,6 +18,12 @@ WITHIN = 0.15
 
 def test_every_figure_of_the_real_h200_is_met_within_15_percent() -> None:
     assert {f.name: round(f.off_frac, 3) for f in figures() if abs(f.off_frac) > WITHIN} == {}
+
+
+def test_other_models_loads_and_gpu_counts_are_near_what_was_measured_on_another_day() -> None:
+    off = {f.name: round(f.off_frac, 3) for f in others()}
+    assert {name: x for name, x in off.items() if abs(x) > 0.25} == {}
+    assert sum(abs(x) <= WITHIN for x in off.values()) >= len(off) - 2
 
 
 @pytest.mark.parametrize("options", [
