@@ -1,7 +1,7 @@
 """What was measured on a real H200 (vLLM 0.26, Qwen2.5-7B, 1,024 in / 256 out, closed loop, no
-prefix cache, clients that start at once) against the simulator, in virtual time; and `others`, which
-loadgen measured on another day on two H200 of another host, mean time per token at the ladder's
-levels: only their Qwen2.5-0.5B at 1 and 64 streams gave constants (the engine's own loop).
+prefix cache, clients that start at once) against the simulator, in virtual time; and `others`,
+which loadgen measured on another day on two H200 of another host, mean time per token at the
+ladder's levels: only their Qwen2.5-0.5B at 1 and 64 streams gave constants (the engine's own loop).
 
     python -m tests.benchmarks.sim_against_h200
 """
