@@ -68,8 +68,10 @@ def answer_s(plan: SweepPlan, tested: Tested, value: float) -> float:
 
 
 def blind(tested: Tested) -> list[Judgement]:
-    """The last legs of the ladder, as far as no request was due in them: answers take longer."""
-    seen = [i for i, j in enumerate(tested) if j.n or j.died or j.phase != "ladder"]
+    """The last legs of a closed loop's ladder, as far as no request was due in them: answers take
+    longer."""
+    seen = [i for i, j in enumerate(tested)
+            if j.n or j.died or j.phase != "ladder" or j.open_loop]
     return list(tested[seen[-1] + 1 if seen else 0:])
 
 

@@ -169,7 +169,9 @@ def _goes_up(plan: SweepPlan, tested: Sequence[Judgement], above: float, spent_s
     cost_s = 2 * answer_s + pace.ladder_s(plan, tested, above)
     known_rps = last.achieved_rps
     left_s = plan.budget_s - spent_s
-    if pace.proof_s(plan, tested, last.value, left_s) is None:
+    hopeless = (left_s * known_rps < pace.least_proof_n(plan.criteria) if plan.axis == "rate"
+                else pace.proof_s(plan, tested, last.value, left_s) is None)
+    if hopeless:
         return left_s > cost_s  # nothing can be proven here; higher up answers come faster
     proof_s = min(1.5 * pace.PROOF_N / max(known_rps, 0.1), plan.budget_s / 3) + 3 * answer_s
     return left_s > cost_s + proof_s

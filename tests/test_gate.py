@@ -85,7 +85,7 @@ def test_a_safe_level_stands_with_its_proof_and_what_to_keep_to(tmp_path: Path) 
     run = frame.load(synthetic.write(tmp_path / "r"))
     said = gate.of(run)
     assert said.proof is not None
-    assert (said.safe, said.unsafe, said.daily, said.proof.runs) == (32, 64, 25, 1)
+    assert (said.safe, said.unsafe, said.daily, said.proof.runs) == (32, 64, 25, 4)
     confirmed = run.judgements[-1]
     assert (said.proof.good, said.proof.n) == (confirmed.good, confirmed.n)
 

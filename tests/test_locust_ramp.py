@@ -55,7 +55,7 @@ def test_a_ramp_climbs_confirms_and_leaves_what_a_build_server_reads(tmp_path: P
     done, folder = locust(tmp_path, "ramp", "-u", "4", "-t", "45s",
                           "--scenario", scenario(tmp_path))
     legs = [leg for leg, _ in RunFolder(folder).legs()]
-    assert [leg.value for leg in legs if leg.phase == "ladder"][:3] == [1, 2, 4], done.stderr
+    assert [leg.value for leg in legs if leg.phase == "ladder"] in ([1, 2, 4], [1, 4]), done.stderr
     assert {leg.phase for leg in legs} == {"ladder", "confirm"}
     found = summary(folder)
     assert (done.returncode, found["conclusion"]["load"]) in {
