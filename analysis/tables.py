@@ -17,8 +17,8 @@ from loadgen import metrics
 VERDICTS = frozenset({"SAFE", "UNSAFE", "INVALID", "SUSPECT"})
 LONG = 32  # characters; a longer cell is a text, and begins at the left
 FIRST = 11  # columns of steps.HEADS that fit a page together
-MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemptions", "prefix hits",
-        "ms queued / prefill / decode", "GPU GiB", "GPU busy", "server GiB", "server cores")
+MORE = ("prompt tok/s", "TTFT max", "ITL p99", "running", "waiting", "preemptions", "prefix hits")
+SERVER = ("leg", "queued / prefill / decode, ms", "its processes, GiB", "cores")
 GENERATOR = ("leg", "sent late, p99", "loop lag, p99", "CPU", "waited for a core", "dropped",
              "stood still", "GC", "descriptors")
 GPU = ("leg", "GiB at start", "GiB peak", "over after load", "of GiB", "busy", "power", "SM clock",
@@ -42,6 +42,7 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
     yield _table(steps.HEADS[:FIRST], (own[:FIRST] for own in cells))
     yield _table(("leg", *steps.HEADS[FIRST:], *MORE), (
         [own[0], *own[FIRST:], *_more(r)] for own, r in zip(cells, rows, strict=True)))
+    yield _table(SERVER, ([r["leg"], *_server(r)] for r in rows))
     yield _table(("leg", "why"), ([r["leg"], r["reasons"].ljust(LONG + 1)] for r in rows))
     if run.states:
         yield "<h2>The server’s states</h2>"
@@ -104,12 +105,13 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _more(r: Mapping[Any, Any]) -> list[str]:
     return [number(r["prompt_tok_s"], ".0f"), duration(r["ttft_max_s"]), duration(r["itl_p99_s"]),
             number(r["running_mean"]), number(r["waiting_mean"]), number(r["preemptions"], ".0f"),
-            percent(r["prefix_hit_frac"]), " / ".join(
-                number(1000 * (r[f"{x}_mean_s"] or math.nan), ".0f")
-                for x in ("queue", "prefill", "decode")),
-            number(r["gpu_memory_peak_gib"], ".1f"),
-            percent(r["gpu_util_frac"]), number(r["server_rss_gib"]),
-            number(r["server_cpu_cores"], ".2f")]
+            percent(r["prefix_hit_frac"])]
+
+
+def _server(r: Mapping[Any, Any]) -> list[str]:
+    return [" / ".join(number(1000 * (r[f"{x}_mean_s"] or math.nan), ".0f")
+                       for x in ("queue", "prefill", "decode")),
+            number(r["server_rss_gib"]), number(r["server_cpu_cores"], ".2f")]
 
 
 def _gpu(run: Run, r: Mapping[Any, Any]) -> list[str]:
