@@ -1,6 +1,5 @@
 """A vLLM that is launched: `vllm serve MODEL`, or the same by other words."""
 
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,6 @@ from servers import gpus, vllm_log
 from servers.base import option
 from servers.launched import LaunchedServer, program, without
 
-INFO_S = 20.0  # vLLM looks at all of its host for that answer, once
 _HERE = ("127.0.0.1", "::1", "localhost")
 _REFUSED = {
     "--uds": "it is loaded over TCP: give --host and --port",
@@ -44,7 +42,7 @@ class VllmServer(LaunchedServer):
         plain = self.options
         key = option(plain, "--api-key") or os.environ.get("VLLM_API_KEY")
         self.env = {"VLLM_API_KEY": key} if key else {}  # neither `ps` nor a log shows it there
-        if self.host in _HERE:  # it then tells its whole config, and may reset its prefix cache
+        if self.host in _HERE:  # its prefix cache may then be reset
             self.env["VLLM_SERVER_DEV_MODE"] = os.environ.get("VLLM_SERVER_DEV_MODE", "1")
         self.target = Target(self.target.base_url,
                              option(plain, "--served-model-name") or self.model,
@@ -59,8 +57,6 @@ class VllmServer(LaunchedServer):
         config = vllm_log.model_config(self.model)
         quantized = {"quantization": config["quant_method"]} if "quant_method" in config else {}
         told = {**vllm_log.asked(self.options), **vllm_log.facts(log)}
-        if not {"max_num_seqs", "max_num_batched_tokens"} <= set(told):  # vLLM's defaults
-            told = _scheduler_config(self.target.base_url) | told
         return {**quantized, **told, **_cache_config(self.target.base_url), **gpus.facts(),
                 "env": _environment(), "model_config": config}
 
@@ -97,19 +93,6 @@ def _environment() -> dict[str, str]:
     wanted = re.compile(r"(VLLM|CUDA|NCCL|OMP|TORCH|PYTORCH|HF_HUB)_\w+")
     return {k: HIDDEN if SECRET_FLAG.fullmatch(f"-{k}") else without_secrets([v])[0]
             for k, v in sorted(os.environ.items()) if wanted.fullmatch(k)}
-
-
-def _scheduler_config(base_url: str) -> dict[str, Any]:
-    """What vLLM chose where it was not told, of versions that say it in dev mode; {} also of 0.32
-    in a Python without pip, which answers 500 there."""
-    try:
-        with urllib.request.urlopen(f"{base_url}/server_info?config_format=json",
-                                    timeout=INFO_S) as answer:
-            chosen = json.load(answer)["vllm_config"]["scheduler_config"]
-            return {name: int(chosen[name]) for name in (
-                "max_num_seqs", "max_num_batched_tokens") if chosen.get(name) is not None}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
 
 
 def _cache_config(base_url: str) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def test_a_sweep_that_was_killed_goes_on_to_its_verdict(tmp_path: Path) -> None:
     note = next(x.resumed for x in after.leg_lines() if x.resumed)
     spent = [x.spent_s for x in after.leg_lines() if x.spent_s is not None]
     assert note.spent_s > 7  # the first leg, and what ran of the second
-    assert spent[2] >= note.spent_s  # counted on
+    assert spent[2] >= note.spent_s - 1e-6  # counted on
     assert json.loads((folder / "summary.json").read_bytes())["verdict"]["load"] == "SAFE"
 
 

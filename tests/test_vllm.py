@@ -18,7 +18,7 @@ from loadgen import cli
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.store import RunFolder
 from servers.base import free_port
-from servers.vllm import VllmServer, _cache_config, _environment, _scheduler_config
+from servers.vllm import VllmServer, _cache_config, _environment
 from tests.real import Said, endings, kept, loadgen, processes_in, running, start, wait
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_vllm.py"))]
@@ -89,18 +89,6 @@ def test_only_a_vllm_that_nobody_else_reaches_is_in_dev_mode(
     assert server("--host", "0.0.0.0").env == {}
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
     assert server().env == {"VLLM_SERVER_DEV_MODE": "0"}
-
-
-@pytest.mark.parametrize(("answer", "facts"), [
-    ({"vllm_config": {"scheduler_config": {"max_num_seqs": 256, "max_num_batched_tokens": 2048}}},
-     {"max_num_seqs": 256, "max_num_batched_tokens": 2048}),
-    ({"vllm_config": {"scheduler_config": {"max_num_seqs": None}}}, {}),
-    ({"vllm_config": "text"}, {}), ([], {}), (None, {})])
-def test_what_vllm_chose_itself_is_asked_for(answer: object, facts: dict[str, int]) -> None:
-    said = {} if answer is None else {"/server_info?config_format=json": json.dumps(answer)}
-    with saying(said) as url:
-        assert _scheduler_config(url) == facts
-    assert _scheduler_config(url) == {}
 
 
 def test_blocks_of_all_engines_are_added_up() -> None:
