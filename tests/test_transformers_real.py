@@ -241,7 +241,7 @@ def test_a_run_beyond_its_memory_tells_so_in_its_records(tight: Served, tmp_path
     scenario.write_text((TINY / "tiny.toml").read_text().replace("= 12", "= 100"))
     said = loadgen("run", str(scenario), "--concurrency", "12", "--num-prompts", "24",
                    "--base-url", tight.url, "--out", "r", "--no-report", cwd=tmp_path)
-    assert said.code == cli.SLO_MISSED, said.all
+    assert said.code in (cli.SLO_MISSED, cli.DIED), said.all  # its health may find no memory either
     records = kept(tmp_path / "r")
     failed = [r for r in records if r.outcome is Outcome.HTTP_ERROR]
     assert failed
