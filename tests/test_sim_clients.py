@@ -5,12 +5,11 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import openai
 import pytest
 
 from servers.sim.scripts import Habits
 from tests.test_sim_app import serving
-
-openai = pytest.importorskip("openai", reason="pip install openai")
 
 SAID: Any = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {

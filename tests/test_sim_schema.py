@@ -5,12 +5,11 @@ import random
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 
 from servers.sim import schema
 from servers.sim.errors import Refused
-
-jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
 
 PERSON = {"type": "object", "properties": {
     "name": {"type": "string", "minLength": 2, "maxLength": 8},
