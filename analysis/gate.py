@@ -140,7 +140,19 @@ def schema() -> bytes:
     """JSON Schema of verdict.json, as it is shipped in `verdict.schema.json`."""
     found = {"$schema": "https://json-schema.org/draft/2020-12/schema",
              "title": f"verdict.json of loadgen, schema {SCHEMA}", **msgspec.json.schema(Verdict)}
-    return msgspec.json.format(msgspec.json.encode(found)) + b"\n"
+    return msgspec.json.format(msgspec.json.encode(_ordered(found))) + b"\n"
+
+
+def _ordered(schema: Any) -> Any:
+    """The same schema with null last in each choice: which comes first differs between versions
+    of msgspec."""
+    match schema:
+        case dict():
+            return {k: _ordered(v) for k, v in schema.items()}
+        case list():
+            return sorted(map(_ordered, schema), key=lambda x: x == {"type": "null"})
+        case _:
+            return schema
 
 
 def write(path: Path, data: bytes) -> Path:

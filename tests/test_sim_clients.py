@@ -15,7 +15,8 @@ SAID: Any = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {
     "type": "integer", "minimum": 0, "maximum": 99}}, "required": ["name", "age"],
     "additionalProperties": False}
-TOOLS: Any = [{"type": "function", "function": {"name": "get_person", "parameters": SCHEMA}}]
+TOOLS: Any = [{"type": "function", "function": {"name": "get_person", "parameters": SCHEMA,
+                                              "strict": True}}]
 
 
 def with_both(test: Callable[[Any], None], then: Callable[[Any], Awaitable[None]],
