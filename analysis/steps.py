@@ -225,14 +225,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.csv:
         rows.to_csv(sys.stdout, index=False, quoting=csv.QUOTE_MINIMAL)
         return
-    from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
+
+    from loadgen.terminal import plain_console  # noqa: PLC0415
 
     shown = Table(*HEADS, title=f"{run.manifest.run}: {run.manifest.model}")
     for r in rows.to_dict("records"):
         shown.add_row(*cells(r))
     width = None if sys.stdout.isatty() else 200
-    Console(width=width).print(shown)
+    plain_console(width).print(shown)
     if run.torn:
         print(f"{run.torn} torn lines were passed over", file=sys.stderr)
 

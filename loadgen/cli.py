@@ -285,16 +285,15 @@ def doctor(base_url: str | None, calibrate: bool) -> None:
     loadgen doctor --base-url http://127.0.0.1:8000
     loadgen doctor --calibrate
     """
-    from rich.console import Console  # noqa: PLC0415
-
     from loadgen import doctor as checks  # noqa: PLC0415
+    from loadgen.terminal import plain_console  # noqa: PLC0415
 
     if calibrate:
         if base_url:
             raise click.UsageError("--calibrate loads a server of its own; leave out --base-url")
-        checks.calibrate(Console())
+        checks.calibrate(plain_console())
         return
-    raise SystemExit(checks.show(Console(), base_of(base_url) if base_url else None))
+    raise SystemExit(checks.show(plain_console(), base_of(base_url) if base_url else None))
 
 
 @main.command()
@@ -321,10 +320,10 @@ def compare(base: Path, new: Path, limits: tuple[str, ...], levels: tuple[float,
     loadgen compare runs/main runs/branch --max-regression ttft_p99=10% --level 32
     """
     import msgspec  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
 
     from analysis import compare as comparing  # noqa: PLC0415
     from analysis import comparison, frame, gate  # noqa: PLC0415
+    from loadgen.terminal import plain_console  # noqa: PLC0415
 
     wanted = [comparing.limit_of(x) for x in limits]
     a, b = frame.load(base), frame.load(new)
@@ -334,7 +333,7 @@ def compare(base: Path, new: Path, limits: tuple[str, ...], levels: tuple[float,
             f"{k}: {v}" for k, v in differ.items()) + f". To compare them still: "
             f"{' '.join(f'--allow {k}' for k in differ)}")
     found = comparing.compare(a, b, wanted, levels, allow)
-    comparison.show(Console(), found)
+    comparison.show(plain_console(), found)
     if json_file is not None:
         gate.write(json_file, msgspec.json.format(msgspec.json.encode(found)) + b"\n")
     if markdown is not None:
@@ -406,17 +405,16 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
              budget_s: float | None, most: tuple[float, str]) -> None:
     """Everything that sweep and run have in common, to the exit code. `most`: the largest load,
     and its axis."""
-    from rich.console import Console  # noqa: PLC0415
-
     from loadgen import calibration  # noqa: PLC0415
     from loadgen.judge import Criteria  # noqa: PLC0415
     from loadgen.runner import Session  # noqa: PLC0415
+    from loadgen.terminal import plain_console  # noqa: PLC0415
     from loadgen.view import View  # noqa: PLC0415
 
     chosen = scenario.load(name)
     if slo := slo_of(options["slos"]):
         chosen = chosen.with_slo(slo)
-    console, found = Console(), calibration.load()
+    console, found = plain_console(), calibration.load()
     if found.ignored:
         console.print(f"Not used: {found.ignored}", style="dim", highlight=False, soft_wrap=True)
     out: Path = options["out"] or Path("runs") / _run_name(chosen)
@@ -440,9 +438,8 @@ OF_RESUME = {"resume", "report", *SECRETS}
 
 def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -> None:
     """A search that was stopped, to its exit code."""
-    from rich.console import Console  # noqa: PLC0415
-
     from loadgen import resume, runner  # noqa: PLC0415
+    from loadgen.terminal import plain_console  # noqa: PLC0415
     from loadgen.view import View  # noqa: PLC0415
 
     context = click.get_current_context()
@@ -466,7 +463,7 @@ def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -
         headers=headers_of(options), processes=before.manifest.processes,
         command=before.manifest.command[1:], patience_s=options["start_timeout"],
         gpus=options["gpus"])
-    result = runner.run_sweep(session, before.plan, View(Console(), before.plan.budget_s),
+    result = runner.run_sweep(session, before.plan, View(plain_console(), before.plan.budget_s),
                               options["unit_step"], before)
     raise SystemExit(_conclude(folder, None, given["report"], result))
 
@@ -477,7 +474,7 @@ def _run_name(chosen: Scenario) -> str:
 
 def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> int:
     """Writes summary and report, says the verdict, gives the exit code."""
-    from rich.console import Console  # noqa: PLC0415
+    from loadgen.terminal import plain_console  # noqa: PLC0415
 
     try:
         from analysis import deaths, gpus, summary, words  # noqa: PLC0415
@@ -491,7 +488,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
         if result is not None and result.says:  # what came first must not be lost in what followed
             click.echo(f"loadgen: {result.says}", err=True)
         raise
-    console = Console()
+    console = plain_console()
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)

@@ -29,7 +29,8 @@ LOOKAHEAD = 64  # bodies built ahead
 ARM_NS = 50_000_000  # an open loop's start is set so long before it is due …
 WAKE_UP_NS = 30_000_000  # before the clock starts
 BEHIND_NS = 2_000_000_000  # a plan that is further behind at the window's end is given up
-DROP_PAUSE_NS = 100_000_000  # before a slot tries again what this host has no room for
+REFUSED_PAUSE_NS = 100_000_000  # before a slot tries again what was refused at once: by this …
+_REFUSED = (Outcome.DROPPED, Outcome.CONNECT_FAILED)  # … host, or by one where nobody listens
 OPEN_AHEAD_S = 0.25  # an open loop begins with connections for answers of this length
 ARM_TOGETHER_NS = 10_000_000  # … or a little sooner, with those before it: waking up costs
 
@@ -171,7 +172,7 @@ class LegRun:
                 if not await self._wait_until(due_ns):
                     return
                 outcome = await self._send(self._shot(planned, turn, body, due_ns))
-                due_ns = now_ns() + (DROP_PAUSE_NS if outcome is Outcome.DROPPED else 0)
+                due_ns = now_ns() + (REFUSED_PAUSE_NS if outcome in _REFUSED else 0)
 
     async def _schedule(self, max_inflight: int) -> None:
         """An open loop: sets each start a little ahead of its instant; it is the loop's alarm that

@@ -277,8 +277,9 @@ class _Executor:
         if window.ending == "server_died":
             log = self._session.out / SERVER_LOG
             note = window.note or ""
+            before = death.says(log, note, watcher.log_from)
             self._view.say(self._target.scrub(
-                f"the server died at {leg.value:g}: {note}{death.says(log, note)}"))
+                f"the server died at {leg.value:g}: {note}{before}"))
         await watcher.sample()
         records = [r for r in self.folder.records(self._offsets) if r.leg == leg.id]
         return window, records, signs_of(window, series(watcher.rows, "server"))
@@ -334,7 +335,7 @@ class _Executor:
         """Of a server whose process runs, or that is not ours. Its health is asked only after
         requests failed, or where nothing comes any more: a check during the load would be load."""
         if (line := self._watcher.oom_line) is not None:
-            return f"its process runs on; log: {line}"
+            return f"its process runs on; log: {death.plain(line)}"
         progress = self._progress
         if progress is not None and health.suspicious(silence := health.Silence(
                 progress.streams, progress.inflight - progress.streams, progress.silent_s,
@@ -358,9 +359,10 @@ async def _ready(session: Session, view: View, watcher: Watcher) -> Target:
     """Starts the server. The target with the session's own model and headers, once it has
     streamed an answer."""
     server, log = session.server, session.out / SERVER_LOG
+    since = log.stat().st_size if log.exists() else 0
     target = server.start()
     ours = server.facts()["kind"] != "remote"
-    watcher.started(getattr(server, "pid", None), log, forgets=ours)
+    watcher.started(getattr(server, "pid", None), log, since, forgets=ours)
 
     def alive() -> str | None:
         why = server.alive()
@@ -370,10 +372,10 @@ async def _ready(session: Session, view: View, watcher: Watcher) -> Target:
     target = msgspec.structs.replace(target, model=model)
     patience_s = server.patience_s if session.patience_s is None else session.patience_s
     try:
-        with (view.waiting(patience_s, lambda: death.last_line(log)) if patience_s > QUICK_S
+        with (view.waiting(patience_s, lambda: death.last_line(log, since)) if patience_s > QUICK_S
               else nullcontext()):
             await calibrate.wait_ready(target, session.scenario, alive, patience_s)
     except ServerError as e:
-        raise ServerError(target.scrub(f"{e}{death.says(log, str(e))}")) from e
+        raise ServerError(target.scrub(f"{e}{death.says(log, str(e), since)}")) from e
     watcher.ready()
     return target

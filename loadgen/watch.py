@@ -44,6 +44,7 @@ class Watcher:
         self._cool_s = COOL_S
         self._forgets = False  # the server offers to empty its prefix cache, and is ours
         self.oom_line: str | None = None  # of its log, while it lived
+        self.log_from = 0  # bytes of the log before it
 
     def opened(self, folder: RunFolder) -> None:
         """The run folder is there."""
@@ -109,13 +110,13 @@ class Watcher:
 
     # ---------------------------------------------------------------------------- its states
 
-    def started(self, pid: int | None, log_path: Path, forgets: bool) -> None:
-        """The server was started. `pid`: of its first process; `forgets`: its prefix cache may be
-        emptied, if it offers that."""
+    def started(self, pid: int | None, log_path: Path, since: int, forgets: bool) -> None:
+        """The server was started. `pid`: of its first process; `since`: bytes that its log had
+        before; `forgets`: its prefix cache may be emptied, if it offers that."""
         self._oom_kills.close()
         self._oom_kills = process.OomKills()
-        self.oom_line, self._forgets = None, forgets
-        self._tail = log.Tail(log_path)
+        self.oom_line, self.log_from, self._forgets = None, since, forgets
+        self._tail = log.Tail(log_path, since)
         if self._tree is not None:
             self._tree.stop()
         loop = asyncio.get_running_loop()

@@ -79,24 +79,24 @@ def context(log: Sequence[str], known: str = "", most: int = 8) -> list[str]:
     return list(reversed(found))
 
 
-def says(log: Path, known: str) -> str:
+def says(log: Path, known: str, since: int = 0) -> str:
     """For a server that did not come up: what `known`, the cause, came after, and where to read
-    on; "" if it has no log."""
-    lines = context(_tail(log), known)
+    on; "" if it has no log. `since`: bytes before its start, of servers before it."""
+    lines = context(_tail(log, since), known)
     if not lines:
         return ""
     return "".join(f"\n  {x}" for x in ["it said before:", *lines, f"the whole log: {log}"])
 
 
-def last_line(log: Path) -> str:
+def last_line(log: Path, since: int = 0) -> str:
     """What a server that starts says that it is doing."""
-    return (context(_tail(log), most=1) or [""])[-1]
+    return (context(_tail(log, since), most=1) or [""])[-1]
 
 
-def _tail(log: Path) -> list[str]:
+def _tail(log: Path, since: int) -> list[str]:
     try:
         with log.open("rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            f.seek(max(since, f.seek(0, os.SEEK_END) - _TAIL_BYTES))
             return f.read().decode(errors="replace").splitlines()
     except OSError:
         return []

@@ -119,6 +119,18 @@ def test_a_server_without_a_log_says_nothing(tmp_path: Path) -> None:
     assert death.last_line(tmp_path / "none.log") == ""
 
 
+def test_what_an_earlier_server_said_is_not_the_last_ones(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("memory of the first is full\n")
+    since = log.stat().st_size
+    with log.open("a") as f:
+        f.write("the second came up\n")
+    assert death.last_line(log, since) == "the second came up"
+    assert "first" in death.says(log, "")
+    assert "first" not in death.says(log, "", since)
+    assert "the second came up" in death.says(log, "", since)
+
+
 def test_what_a_server_said_ends_with_where_to_read_on() -> None:
     said = death.says(LOGS / "kv_too_small.log", "")
     assert "Explicitly set (0.0/9.46) GiB for KV cache" in said

@@ -69,7 +69,7 @@ ALLOWED = {
     "selftest": "calibration errors headroom leg metrics openai plan prompts record rungs "
                 "scenario store supervise",
     "doctor": "calibration headroom metrics rungs selftest",
-    "view": "judge leg supervise",
+    "terminal": "", "view": "judge leg supervise",
     "facts": "judge prompts scenario store target",
     "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
@@ -79,13 +79,13 @@ ALLOWED = {
     "campaign": "errors scenario store target",
     "options": "dial errors scenario target",
     "cli": "options calibration campaign doctor errors evidence exits judge leg ramp resume "
-           "runner scenario store target view",
+           "runner scenario store target terminal view",
     "datasets": "errors plan record scenario",
     "validate": "errors record scenario store",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
-                "scenario", "telemetry.signs", "errors", "exits", "headroom", "unit"}
+                "scenario", "telemetry.signs", "errors", "exits", "headroom", "terminal", "unit"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",

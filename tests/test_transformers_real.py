@@ -285,6 +285,28 @@ def test_a_run_launches_it_and_leaves_nobody_behind(tiny: Path, tmp_path: Path) 
     wait(lambda: not processes_in(tmp_path), 5)
 
 
+@pytest.mark.slow
+def test_the_largest_concurrency_that_its_memory_holds_is_found_to_the_unit(
+        fat: Path, tmp_path: Path) -> None:
+    """Memory that really runs out: where it does is the host's affair, that it is found is ours."""
+    scenario = tmp_path / "long.toml"
+    scenario.write_text((TINY / "tiny.toml").read_text().replace("= 48", "= 400"))
+    said = loadgen("sweep", str(scenario), "--max-concurrency", "8", "--levels", "2,8", "--budget",
+                   "15s", "--seed", "1", "--slo", "ttft=20s,tpot=2s", "--unit-step",
+                   "--out", "r", "--no-report", *launched(
+                       fat, "--cache", "static", "--memory-headroom-mb", "200"),
+                   cwd=tmp_path)
+    found = re.search(r"It survives (\d+) concurrent requests, and (\d+) kill it \(([A-Z_]+)",
+                      said.out)
+    assert found, said.all
+    survived, fatal = int(found[1]), int(found[2])
+    assert fatal == survived + 1
+    assert found[3] == "OOM_RUNTIME"
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["server"]["survives"] == {"survived": survived, "fatal": fatal, "exact": True}
+    assert "out of memory while" in (tmp_path / "r" / "server.log").read_text()
+
+
 @pytest.mark.parametrize(("options", "words"), [
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     (["--dtype", "int3"], "invalid choice: 'int3'")])

@@ -32,7 +32,7 @@ S = 1_000_000_000
 def test_only_what_comes_from_now_on_is_read_and_a_torn_line_waits(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"before\n")
-    tail = Tail(path)
+    tail = Tail(path, 7)
     with path.open("ab", buffering=0) as f:
         f.write(b"one\ntw")
         assert tail.new() == ["one"]
@@ -42,7 +42,7 @@ def test_only_what_comes_from_now_on_is_read_and_a_torn_line_waits(tmp_path: Pat
 
 
 def test_a_log_that_is_not_there_yet_is_read_from_its_beginning(tmp_path: Path) -> None:
-    tail = Tail(tmp_path / "log")
+    tail = Tail(tmp_path / "log", 0)
     assert tail.new() == []
     (tmp_path / "log").write_bytes(b"first\n")
     assert tail.new() == ["first"]
@@ -51,7 +51,7 @@ def test_a_log_that_is_not_there_yet_is_read_from_its_beginning(tmp_path: Path) 
 def test_a_log_that_grows_faster_than_it_is_read_holds_nobody_up(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.touch()
-    tail = Tail(path)
+    tail = Tail(path, 0)
     path.write_bytes(b"x" * 99 + b"\n" + b"y\n" * (5 * MOST_BYTES))
     assert sum(len(x) + 1 for x in tail.new()) <= MOST_BYTES
 
@@ -206,7 +206,7 @@ def test_a_prefix_cache_is_emptied_before_each_level_where_the_server_is_ours_an
         port = server.sockets[0].getsockname()[1]
         watcher = Watcher(print)
         watcher._target = Target(f"http://127.0.0.1:{port}", "m")
-        watcher.started(None, tmp_path / "log", forgets=ours)
+        watcher.started(None, tmp_path / "log", 0, forgets=ours)
         for _ in range(2):
             await watcher.cool_down()
         await watcher.close()

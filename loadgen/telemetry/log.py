@@ -19,15 +19,11 @@ _KINDS = tuple((kind, re.compile(pattern)) for kind, pattern in KINDS)
 
 
 class Tail:
-    """Lines that come from now on."""
+    """Lines that come after the first `since` bytes."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, since: int) -> None:
+        self._path, self._at = path, since
         self._left = b""
-        try:
-            self._at = path.stat().st_size
-        except OSError:  # it is not there yet
-            self._at = 0
 
     def new(self) -> list[str]:
         try:
