@@ -1,9 +1,11 @@
 """A launched vLLM as in test_vllm.py, on a real one: on a CPU, with a tiny model, installed by
 `tests/vllm/install.sh`. Plumbing, records and token counts; its timings here say nothing."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -228,6 +231,22 @@ def test_a_sweep_launches_a_vllm_and_another_one_after_its_worker_was_killed(
     assert_records_are_what_was_asked_for(folder, cut=True)
     assert processes_in(tmp_path) == {}
     assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(("method", "config", "said_to_be"), [
+    ("awq", {"zero_point": True, "version": "gemm"}, "awq"),
+    ("gptq", {"desc_act": False, "sym": True}, "gptq")])
+def test_a_model_of_four_bits_is_launched_and_said_to_be_one(
+        model: Path, tmp_path: Path, method: str, config: dict[str, Any], said_to_be: str) -> None:
+    small = Path(shutil.copytree(model, tmp_path / "model"))
+    told = json.loads((small / "config.json").read_text())
+    told["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32, **config}
+    (small / "config.json").write_text(json.dumps(told))
+    said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "2", "--num-prompts", "6",
+                   "--out", "r", "--no-report", *launched(small), cwd=tmp_path)
+    assert said.code in JUDGED, said.all
+    assert outcomes(tmp_path / "r") == {Outcome.OK: 6}
+    assert said_to_be in str(RunFolder(tmp_path / "r").manifest().server["quantization"])
 
 
 def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
