@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import Struct
 
 from loadgen import bulk, openai
-from loadgen.sse import LineTooLong, SseParser
+from loadgen.sse import LineTooLong, SseParser, is_other
 
 
 class Outcome(StrEnum):
@@ -180,6 +180,7 @@ class Recorder:
         self._error: str | None = None
         self._end_ns: int | None = None
         self._is_stream = True
+        self._is_told = False  # an event has come
         self._retry_after = False
         self._body = b""
         self._sse = SseParser()
@@ -211,6 +212,9 @@ class Recorder:
         except LineTooLong as e:
             self._bad(str(e))
             return
+        if not self._is_told:
+            self._is_told = bool(payloads)
+            self._body = b"" if payloads else (self._body + data)[:65536]
         for payload in payloads:
             if not payload.strip():  # some proxies keep a stream alive with these
                 continue
@@ -226,8 +230,8 @@ class Recorder:
             error: str | None = None) -> RequestRecord:
         """The record. `failure` is what the owner of the socket saw; None: a clean end of the
         body. A failure after the stream's proper end is none."""
-        if not self._is_stream and self.status is not None and failure in (
-                None, Outcome.DISCONNECTED):
+        if self.status is not None and failure in (None, Outcome.DISCONNECTED) and (
+                not self._is_stream or is_other(self._body)):
             self._http_answer()
         outcome = self._outcome(failure)
         shot, stamps, usage = self.shot, self._stamps_ns, self._usage
@@ -373,12 +377,13 @@ class Recorder:
         self._error = self._error or why[:500]
 
     def _http_answer(self) -> None:
-        """A whole answer instead of a stream: an HTTP error, or JSON with status 200."""
+        """A whole answer instead of a stream: an HTTP error, or JSON or a page with status 200."""
         assert self.status is not None
         error = openai.error_body(self._body, self.status)
         self._say(f"HTTP {self.status}: {error.message}")
         if self.status == 200:
-            said_error = b'"error"' in self._body[:2000]
+            said = self._body.lstrip()[:2000]
+            said_error = b'"error"' in said and not said.startswith(b"<")  # a page may have a class
             self.fatal = Outcome.SERVER_ERROR_EVENT if said_error else Outcome.BAD_STREAM
         elif not error.is_death and (
                 self.status == 429 or self.status in self._throttle_status

@@ -9,6 +9,14 @@ Rules (WHATWG HTML, "server-sent events"), all independent of where the network 
 """
 
 _BOM = b"\xef\xbb\xbf"
+_FIELDS = (b":", b"data", b"event", b"id", b"retry", b"error")
+
+
+def is_other(opening: bytes) -> bool:
+    """What a body begins with, without an event so far, cannot become an event stream: a page, a
+    JSON object, whatever its content type says."""
+    said = opening.removeprefix(_BOM).lstrip()
+    return bool(said) and not any(said[:len(f)] == f[:len(said)] for f in _FIELDS)
 
 
 class LineTooLong(ValueError):

@@ -701,6 +701,17 @@ def test_an_answer_without_one_token_is_empty(script: Script) -> None:
     assert (r.outcome, r.status, r.n_events) == (Outcome.EMPTY, 200, 0)
 
 
+@pytest.mark.parametrize("script", [
+    [whole("200 OK", b"<h1>Welcome to nginx!</h1>", content_type="text/html")],
+    [HEAD + chunk(b"<h1>Welcome") + chunk(b" to nginx!</h1>") + LAST],
+    [head(content_type="text/html", content_length="9000") + b"<h1>Welcome to nginx!</h1>", FIN],
+])
+def test_a_page_with_status_200_is_a_bad_stream_and_its_words_are_kept(script: Script) -> None:
+    found, _ = answers([script, good()], n=2)
+    assert [r.outcome for r in found] == [Outcome.BAD_STREAM, Outcome.OK]
+    assert "Welcome to nginx!" in (found[0].error or "")
+
+
 # ------------------------------------------------------------------------------- our own doings
 
 

@@ -111,6 +111,15 @@ def test_an_error_of_each_server_is_told_in_its_words(
                                         if isinstance(inner, dict) else status)
 
 
+@pytest.mark.parametrize("body", [body for _, _, body, _, _ in ERRORS if isinstance(body, dict)])
+def test_an_error_with_status_200_that_is_called_a_stream_is_told_in_its_words(body: Any) -> None:
+    r = record([json.dumps(body).encode()])
+    inner = body.get("error", body)
+    words = (inner.get("message") or inner.get("detail")) if isinstance(inner, dict) else inner
+    assert r.error == f"HTTP 200: {words}"
+    assert r.outcome is (Outcome.BAD_STREAM if "detail" in body else Outcome.SERVER_ERROR_EVENT)
+
+
 def test_an_empty_end_is_a_token_where_a_length_cut_half_a_character() -> None:
     """vLLM's, unlike Ollama's: a token it is, though its text is empty."""
     cut = b'{"choices":[{"delta":{"content":""},"finish_reason":"length"}]}'

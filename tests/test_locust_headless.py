@@ -209,13 +209,14 @@ def answer(tokens: int, pause_s: float = 0.02) -> Script:
 
 
 def test_failures_are_shown_under_our_names_for_them(tmp_path: Path) -> None:
-    """A full queue, a 400, a stream that breaks, one without an end, one with an error."""
+    """A full queue, a 400, a stream that breaks, one without an end, one with an error, a page."""
     bad: dict[Outcome, Script] = {
         Outcome.THROTTLED: [whole("429 Too Many Requests", b"{}", retry_after="1")],
         Outcome.HTTP_ERROR: [whole("400 Bad Request", b'{"error":{"message":"too long"}}')],
         Outcome.DISCONNECTED: [HEAD + token(), 0.02, RST],
         Outcome.TRUNCATED: [HEAD + token() + DONE + LAST, FIN],
         Outcome.SERVER_ERROR_EVENT: [HEAD + event({"error": DEAD}) + DONE + LAST],
+        Outcome.BAD_STREAM: [whole("200 OK", b"<h1>Hi</h1>", content_type="text/html")],
         Outcome.EMPTY: [HEAD + LAST]}
     scripts = list(bad.values())
 

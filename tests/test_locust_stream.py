@@ -276,6 +276,9 @@ SCRIPTS: dict[str, Script] = {
     "529, named": [whole("529 Overloaded", b"{}")],
     "503": [whole("503 Service Unavailable", b'{"error":"backend is down"}')],
     "a page": [whole("502 Bad Gateway", b"<h1>502</h1>", content_type="text/html")],
+    "a page with status 200": [whole("200 OK", b"<h1>Hi</h1>", content_type="text/html")],
+    "a page called a stream": [HEAD + chunk(b"<h1>") + chunk(b"Hi</h1>") + LAST],
+    "a page that breaks": [head(content_type="text/html", content_length="900") + b"<h1>Hi", FIN],
     "redirect": [whole("307 Temporary Redirect", b"", location="/other")],
     "short body": [head(content_type="text/event-stream", content_length="5000")
                    + b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n', 0.05, FIN],

@@ -393,6 +393,43 @@ def test_a_line_without_end_is_a_bad_stream() -> None:
     assert r.end(END).outcome is Outcome.BAD_STREAM
 
 
+PAGE = b"<html>\r\n<title>Welcome to nginx!</title><p class=\"error\">:data</p></html>\r\n"
+
+
+@pytest.mark.parametrize("kind", ["text/html", "text/plain", "text/event-stream", ""])
+@pytest.mark.parametrize("size", [1, 7, len(PAGE)])
+@pytest.mark.parametrize("failure", [None, Outcome.DISCONNECTED])
+def test_a_page_with_status_200_is_a_bad_stream_whatever_it_is_called_and_however_it_is_cut(
+        kind: str, size: int, failure: Outcome | None) -> None:
+    r = recorder(200, kind)
+    for i in range(0, len(PAGE), size):
+        r.feed(stamp(i), PAGE[i:i + size])
+    done = r.end(END, failure)
+    assert (done.outcome, done.status, done.first_ns) == (Outcome.BAD_STREAM, 200, None)
+    assert (done.error or "").startswith("HTTP 200: <html>")
+
+
+def test_an_error_in_json_that_is_called_a_stream_is_the_servers_error() -> None:
+    r = record_of(b' {"error":', b'{"message":"m"}}')
+    assert (r.outcome, r.error) == (Outcome.SERVER_ERROR_EVENT, "HTTP 200: m")
+
+
+@pytest.mark.parametrize("opening", [b"", b"\n\n", b": ping\n\n", b"\xef\xbb\xbfevent: x\n\n",
+                                     b"da", b"data: {", b"retry: 3\nid: 1\n\n", b"\r\n: \r\n"])
+def test_a_stream_without_an_event_is_no_page(opening: bytes) -> None:
+    assert record_of(opening).outcome is Outcome.EMPTY
+    assert record_of(opening, failure=Outcome.DISCONNECTED).outcome is Outcome.DISCONNECTED
+
+
+@pytest.mark.parametrize("kind", ["text/html; charset=UTF-8", "text/plain", ""])
+def test_a_stream_under_another_name_is_a_stream(kind: str) -> None:
+    """Proxies that were written for pages name what they pass on as they like."""
+    r = recorder(200, kind)
+    for i, part in enumerate(GOOD):
+        r.feed(stamp(i), part)
+    assert r.end(END).outcome is Outcome.OK
+
+
 HTTP = {
     # (status, retry_after, throttle_status, body): outcome
     (429, False, (), b""): Outcome.THROTTLED,

@@ -46,7 +46,7 @@ OUTCOMES = {
     "status-503": Outcome.THROTTLED, "status-503-retry": Outcome.THROTTLED,
     "status-503-date@60": Outcome.THROTTLED, "queue-event": Outcome.THROTTLED,
     "status-500": Outcome.HTTP_ERROR, "status-502": Outcome.HTTP_ERROR,
-    "wrong-type": Outcome.BAD_STREAM, "html": Outcome.EMPTY, "empty": Outcome.EMPTY,
+    "wrong-type": Outcome.BAD_STREAM, "html": Outcome.BAD_STREAM, "empty": Outcome.EMPTY,
     "refuse": Outcome.DISCONNECTED, "slow-first@0.1": Outcome.OK,
     "error-event": Outcome.SERVER_ERROR_EVENT, "bad-json": Outcome.BAD_STREAM,
     "cut-json": Outcome.BAD_STREAM, "big-line": Outcome.OK, "truncate": Outcome.DISCONNECTED,
@@ -68,6 +68,12 @@ def test_a_fault_has_its_outcome(fault: str) -> None:
 def test_a_fault_of_patience_has_its_outcome(fault: str, patience: dict[str, str],
                                              outcome: Outcome) -> None:
     assert record(fault, patience).outcome is outcome
+
+
+def test_a_proxys_page_with_status_200_is_told_in_its_words() -> None:
+    r = record("html")
+    assert (r.status, r.n_events) == (200, 0)
+    assert "Welcome to nginx!" in (r.error or "")
 
 
 def test_every_fault_of_requests_is_in_these_tests() -> None:
