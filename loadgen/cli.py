@@ -213,17 +213,34 @@ def _print_schema(context: click.Context, _param: click.Parameter, wanted: bool)
               help="Append the summary to the file that $GITHUB_STEP_SUMMARY names.")
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
               help="Print the JSON Schema of verdict.json.")
+@click.option("--as", "dialect", type=click.Choice(["vllm-bench"]), help="Instead of all that: a "
+              "result file for each level, with the keys, units and formulas of `vllm bench "
+              "serve`, whose options the last four are.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="Where to: a folder, "
+              "or of one level FILE.json. Default: RUN/vllm-bench.")
+@click.option("--percentile-metrics", metavar="A,B", help="Default: ttft,tpot,itl; also e2el.")
+@click.option("--metric-percentiles", metavar="P,Q", help="Default: 99.")
+@click.option("--save-detailed", is_flag=True, help="Each request's figures as well.")
+@click.option("--metadata", multiple=True, metavar="K=V", help="Another key; may be repeated.")
 def report(folder: Path, slos: tuple[str, ...], html: bool, junit: Path | None,
-           markdown: Path | None, json_file: Path | None, step_summary: bool) -> None:
+           markdown: Path | None, json_file: Path | None, step_summary: bool,
+           dialect: str | None, **its: Any) -> None:
     """Remake tables, verdict and report of a run from its journals; as a gate in CI, too.
 
     \b
     loadgen report runs/20261121-011500-mixed
     loadgen report runs/20261121-011500-mixed --slo ttft=1s
     loadgen report runs/ci --no-html --junit junit.xml --json verdict.json --step-summary
+    loadgen report runs/20261121-011500-mixed --as vllm-bench --percentile-metrics ttft,tpot,e2el
     """
     from analysis import gate  # noqa: PLC0415
 
+    if dialect is not None:
+        _export(folder, slo_of(slos), **its)
+        return
+    if any(its.values()):
+        raise click.UsageError("--out, --percentile-metrics, --metric-percentiles, "
+                               "--save-detailed and --metadata go with --as vllm-bench")
     code = _conclude(folder, slo_of(slos), html)
     for name, copy in (("junit.xml", junit), ("summary.md", markdown), ("verdict.json", json_file)):
         if copy is not None:
@@ -231,6 +248,17 @@ def report(folder: Path, slos: tuple[str, ...], html: bool, junit: Path | None,
     if step_summary:
         _append_to_step_summary((folder / "summary.md").read_text(encoding="utf-8"))
     raise SystemExit(code)
+
+
+def _export(folder: Path, slo: Slo | None, out: Path | None, percentile_metrics: str | None,
+            metric_percentiles: str | None, save_detailed: bool,
+            metadata: tuple[str, ...]) -> None:
+    from analysis import frame, vllm_bench  # noqa: PLC0415
+
+    done = vllm_bench.export(frame.load(folder, slo), out, vllm_bench.options_of(
+        percentile_metrics, metric_percentiles, save_detailed, metadata))
+    for line in vllm_bench.says(done):
+        click.echo(line)
 
 
 def _append_to_step_summary(text: str) -> None:
