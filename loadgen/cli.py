@@ -90,7 +90,8 @@ def main() -> None:
               "budget.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN",
               help="Go on with a search that was stopped: load, scenario, seed and server are the "
-              "folder's. Beside it only --api-key, --header, --proxy and --no-report may stand.")
+              "folder's. Beside it only --api-key, --header, --proxy, --metrics-port and "
+              "--no-report may stand.")
 @target_options
 @click.pass_obj
 def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | None,
@@ -454,14 +455,14 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
         headers=headers_of(options), processes=processes_of(
             options["processes"], *most, options["base_url"]),
         command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"],
-        gpus=options["gpus"])
+        gpus=options["gpus"], metrics_at=options["metrics_port"])
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)
     raise SystemExit(code)
 
 
 SECRETS = ("api_key", "headers", "proxy")  # what a manifest does not hold
-OF_RESUME = {"resume", "report", *SECRETS}
+OF_RESUME = {"resume", "report", "metrics_port", *SECRETS}
 
 
 def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -> None:
@@ -490,7 +491,7 @@ def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -
         model=None if launches(options) else options["model"] or before.manifest.model,
         headers=headers_of(options), processes=before.manifest.processes,
         command=before.manifest.command[1:], patience_s=options["start_timeout"],
-        gpus=options["gpus"])
+        gpus=options["gpus"], metrics_at=given["metrics_port"])
     result = runner.run_sweep(session, before.plan, View(plain_console(), before.plan.budget_s),
                               options["unit_step"], before)
     raise SystemExit(_conclude(folder, None, given["report"], result))
