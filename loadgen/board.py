@@ -79,7 +79,8 @@ class Judged(Struct, frozen=True, tag=True):
 class _Histogram:
     def __init__(self, bounds_s: Sequence[float]) -> None:
         self._bounds_us = np.array(bounds_s) * 1e6
-        self._names = [floatToGoString(x) for x in (*bounds_s, math.inf)]
+        self._names = [floatToGoString(x)  # type: ignore[no-untyped-call]
+                       for x in (*bounds_s, math.inf)]
         self._counts = np.zeros(len(self._names), np.int64)
         self._sum_us = 0.0
 

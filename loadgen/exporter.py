@@ -134,13 +134,20 @@ def board_of(manifest: Manifest) -> Board:
     return Board(mix, {**facts, "scenario": mix.name}, manifest.target_frac, manifest.confidence)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One who asked has hung up: nothing that the operator should read of."""
+
+
 def _serve(shared: _Shared, sock: socket.socket) -> None:
     registry = CollectorRegistry()
     registry.register(shared)
     handler: Any = MetricsHandler.factory(registry)
-    server = ThreadingHTTPServer(sock.getsockname()[:2], handler, bind_and_activate=False)
+    server = _Server(sock.getsockname()[:2], handler, bind_and_activate=False)
     server.socket.close()
-    server.socket, server.daemon_threads = sock, True
+    server.socket = sock
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
