@@ -51,7 +51,9 @@ class Setup(Struct, frozen=True):
 
 def listen(where: str) -> socket.socket:
     """A socket on `[HOST:]PORT`; without a host on 127.0.0.1. Raises ScenarioError."""
-    host, _, port = where.rpartition(":")
+    host, colon, port = where.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535 or (colon and not host):
+        raise ScenarioError(f"--metrics-port {where}: write a port, as 9464, or 0.0.0.0:9464")
     host = host.strip("[]") or "127.0.0.1"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -142,6 +144,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def _serve(shared: _Shared, sock: socket.socket) -> None:
+    sock.setblocking(True)  # gevent's are not
     registry = CollectorRegistry()
     registry.register(shared)
     handler: Any = MetricsHandler.factory(registry)

@@ -53,16 +53,6 @@ def processes(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
     return number
 
 
-def metrics_port(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    """Callback of --metrics-port."""
-    if value is None:
-        return None
-    host, colon, port = value.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535 or (colon and not host):
-        raise click.BadParameter(f"{value!r}: write a port, as 9464, or 0.0.0.0:9464")
-    return value
-
-
 def processes_of(asked: int, most: float, axis: str, base_url: str | None,
                  cores: int | None = None) -> int:
     """Generator processes for a load of up to `most` streams or starts per second. auto: what
@@ -145,7 +135,7 @@ def target_options(command: Any) -> Any:
                      help="Run folder. Default: runs/DATE-TIME-SCENARIO."),
         click.option("--gpus/--no-gpus", default=None, help="Watch this host's GPUs. Default: if "
                      "the server runs on this host (of --base-url: at 127.0.0.1)."),
-        click.option("--metrics-port", callback=metrics_port, metavar="[HOST:]PORT",
+        click.option("--metrics-port", metavar="[HOST:]PORT",
                      help="While the test runs, a Prometheus endpoint /metrics on this port of "
                      "127.0.0.1, or of HOST. 0: a free one."),
         click.option("--report/--no-report", default=True, show_default=True,

@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -28,9 +29,21 @@ from loadgen.store import Journal, RunFolder
 from loadgen.supervise import Progress
 from servers.base import free_port
 from tests import synthetic
-from tests.real import FAST, kept, loadgen, over, pid_of, processes_in, start, wait
+from tests.real import (
+    FAST,
+    Popen,
+    kept,
+    loadgen,
+    over,
+    pid_of,
+    processes_in,
+    start,
+    started,
+    wait,
+)
 from tests.test_board import record
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 real = pytest.mark.skipif(
     PROMETHEUS is None and "prometheus" not in os.environ.get("LOADGEN_TESTS_NEED", ""),
@@ -191,6 +204,49 @@ def test_a_run_whose_endpoint_is_killed_goes_on(tmp_path: Path) -> None:
     assert len(kept(tmp_path / "r")) > 20
 
 
+# --------------------------------------------------------------------------------------- Locust
+
+
+def locust(port: str, *options: str, cwd: Path) -> contextlib.AbstractContextManager[Popen]:
+    return started(
+        [sys.executable, "-m", "locust", "-f", str(ROOT / "locustfiles" / "chat.py"), "--headless",
+         "--only-summary", "--run-folder", "r", "--scenario", "smoke", "-t", "8s", "--no-report",
+         "--metrics-port", port, *options], cwd, {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    ("-u", "3", "-r", "3", "--server-options", "--speed 3"),
+    ("-u", "3", "-r", "3", "--server-options", "--speed 3", "--processes", "2")])
+def test_locust_has_it_too(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Of a fleet, all workers' requests."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/metrics"
+    with locust(str(port), *options, cwd=tmp_path) as process:
+        wait(lambda: process.poll() is not None or (
+            up(url) and total(url) >= 5 and total(url, "loadgen_level") > 0), 60)
+        found = samples(url)
+        assert found["loadgen_level", "concurrency", "run"] == 3
+        assert found["loadgen_requests_in_flight",] <= 3
+        assert found["loadgen_ttft_seconds_count", "hello"] >= 5
+        said = over(process, 60)
+    assert len(kept(tmp_path / "r")) >= 5, said.all
+    assert not up(url)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("port", "says"), [
+    (None, "Address already in use; choose another port"), ("many", "write a port, as 9464")])
+def test_locust_refuses_a_port_that_cannot_be_before_anything_starts(
+        tmp_path: Path, port: str | None, says: str) -> None:
+    with closing(exporter.listen("0")) as taken, locust(
+            port or str(taken.getsockname()[1]), "-u", "1", cwd=tmp_path) as process:
+        said = over(process, 60)
+    assert said.code == cli.USAGE, said.all
+    assert says in said.all
+    assert not (tmp_path / "r").exists()
+
+
 # ----------------------------------------------------------------------------- a real Prometheus
 
 
@@ -232,7 +288,7 @@ def value(url: str, query: str) -> float | None:
 def test_a_prometheus_sees_what_the_journals_hold(tmp_path: Path) -> None:
     port = free_port()
     with scraping(port, tmp_path) as prometheus, start(
-            "run", "mixed", "--concurrency", "4", "--duration", "12s", "--warmup", "2s", "--out",
+            "run", "mixed", "--concurrency", "4", "--duration", "9s", "--warmup", "1s", "--out",
             "r", "--no-report", "--metrics-port", str(port), *FAST, cwd=tmp_path) as process:
         wait(lambda: (value(prometheus, "sum(loadgen_requests_total)") or 0) >= 30, 60)
         assert value(prometheus, "up") == 1
@@ -274,7 +330,7 @@ def test_a_prometheus_sees_what_the_journals_hold(tmp_path: Path) -> None:
 def test_a_prometheus_sees_a_search_s_levels_and_verdicts(tmp_path: Path) -> None:
     port = free_port()
     with scraping(port, tmp_path) as prometheus, start(
-            "sweep", "smoke", "--max-concurrency", "4", "--budget", "30s", "--out", "r",
+            "sweep", "smoke", "--max-concurrency", "4", "--budget", "20s", "--out", "r",
             "--no-report", "--metrics-port", str(port), *FAST, cwd=tmp_path) as process:
         said = over(process, 120)
         assert said.code in (cli.PASS, cli.INCONCLUSIVE, cli.INVALID), said.all
@@ -283,4 +339,4 @@ def test_a_prometheus_sees_a_search_s_levels_and_verdicts(tmp_path: Path) -> Non
         before = RunFolder(tmp_path / "r").legs()[:-1]  # the last one's may come with the end
         assert {f"{leg.value:g}" for leg, _ in before} <= levels
         assert value(prometheus, "max_over_time(max(loadgen_level)[5m:500ms])") == 4
-        assert socket.socket().connect_ex(("127.0.0.1", port)) != 0  # over with the search
+        assert not up(f"http://127.0.0.1:{port}/metrics")  # over with the search
