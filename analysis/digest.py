@@ -89,8 +89,8 @@ class Reader:
 
     def batches(self) -> Iterator[list[Digest]]:
         for stretch in self._stretches:
-            lines = _lines(stretch)
-            while chunk := list(itertools.islice(lines, BATCH)):
+            each = lines(stretch)
+            while chunk := list(itertools.islice(each, BATCH)):
                 batch = [r for line in chunk if (r := self._record(line)) is not None]
                 if stretch.shift_ns:
                     for r in batch:
@@ -194,7 +194,7 @@ def _count(by_shard: dict[int, Counter[int]], shard: int, which: Column, many: C
 _FIELDS = [f.name for f in msgspec.structs.fields(RequestRecord)]
 
 
-def _lines(stretch: Stretch) -> Iterator[bytes]:
+def lines(stretch: Stretch) -> Iterator[bytes]:
     with stretch.path.open("rb") as f:
         f.seek(stretch.start)
         left = stretch.stop - stretch.start

@@ -90,7 +90,8 @@ def main() -> None:
               "budget.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN",
               help="Go on with a search that was stopped: load, scenario, seed and server are the "
-              "folder's. Beside it only --api-key, --header, --proxy and --no-report may stand.")
+              "folder's. Beside it only --api-key, --header, --proxy, --metrics-port and "
+              "--no-report may stand.")
 @target_options
 @click.pass_obj
 def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | None,
@@ -213,17 +214,34 @@ def _print_schema(context: click.Context, _param: click.Parameter, wanted: bool)
               help="Append the summary to the file that $GITHUB_STEP_SUMMARY names.")
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
               help="Print the JSON Schema of verdict.json.")
+@click.option("--as", "dialect", type=click.Choice(["vllm-bench"]), help="Instead of all that: a "
+              "result file for each level, with the keys, units and formulas of `vllm bench "
+              "serve`, whose options the last four are.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="PATH", help="Where to: a folder, "
+              "or of one level FILE.json. Default: RUN/vllm-bench.")
+@click.option("--percentile-metrics", metavar="A,B", help="Default: ttft,tpot,itl; also e2el.")
+@click.option("--metric-percentiles", metavar="P,Q", help="Default: 99.")
+@click.option("--save-detailed", is_flag=True, help="Each request's figures as well.")
+@click.option("--metadata", multiple=True, metavar="K=V", help="Another key; may be repeated.")
 def report(folder: Path, slos: tuple[str, ...], html: bool, junit: Path | None,
-           markdown: Path | None, json_file: Path | None, step_summary: bool) -> None:
+           markdown: Path | None, json_file: Path | None, step_summary: bool,
+           dialect: str | None, **its: Any) -> None:
     """Remake tables, verdict and report of a run from its journals; as a gate in CI, too.
 
     \b
     loadgen report runs/20261121-011500-mixed
     loadgen report runs/20261121-011500-mixed --slo ttft=1s
     loadgen report runs/ci --no-html --junit junit.xml --json verdict.json --step-summary
+    loadgen report runs/20261121-011500-mixed --as vllm-bench --percentile-metrics ttft,tpot,e2el
     """
     from analysis import gate  # noqa: PLC0415
 
+    if dialect is not None:
+        _export(folder, slo_of(slos), **its)
+        return
+    if any(its.values()):
+        raise click.UsageError("--out, --percentile-metrics, --metric-percentiles, "
+                               "--save-detailed and --metadata go with --as vllm-bench")
     code = _conclude(folder, slo_of(slos), html)
     for name, copy in (("junit.xml", junit), ("summary.md", markdown), ("verdict.json", json_file)):
         if copy is not None:
@@ -231,6 +249,17 @@ def report(folder: Path, slos: tuple[str, ...], html: bool, junit: Path | None,
     if step_summary:
         _append_to_step_summary((folder / "summary.md").read_text(encoding="utf-8"))
     raise SystemExit(code)
+
+
+def _export(folder: Path, slo: Slo | None, out: Path | None, percentile_metrics: str | None,
+            metric_percentiles: str | None, save_detailed: bool,
+            metadata: tuple[str, ...]) -> None:
+    from analysis import frame, vllm_bench  # noqa: PLC0415
+
+    done = vllm_bench.export(frame.load(folder, slo), out, vllm_bench.options_of(
+        percentile_metrics, metric_percentiles, save_detailed, metadata))
+    for line in vllm_bench.says(done):
+        click.echo(line)
 
 
 def _append_to_step_summary(text: str) -> None:
@@ -426,14 +455,14 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
         headers=headers_of(options), processes=processes_of(
             options["processes"], *most, options["base_url"]),
         command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"],
-        gpus=options["gpus"])
+        gpus=options["gpus"], metrics_at=options["metrics_port"])
     result = do(session, View(console, budget_s))
     code = _conclude(out, None, options["report"], result)
     raise SystemExit(code)
 
 
 SECRETS = ("api_key", "headers", "proxy")  # what a manifest does not hold
-OF_RESUME = {"resume", "report", *SECRETS}
+OF_RESUME = {"resume", "report", "metrics_port", *SECRETS}
 
 
 def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -> None:
@@ -462,7 +491,7 @@ def _go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) -
         model=None if launches(options) else options["model"] or before.manifest.model,
         headers=headers_of(options), processes=before.manifest.processes,
         command=before.manifest.command[1:], patience_s=options["start_timeout"],
-        gpus=options["gpus"])
+        gpus=options["gpus"], metrics_at=given["metrics_port"])
     result = runner.run_sweep(session, before.plan, View(plain_console(), before.plan.budget_s),
                               options["unit_step"], before)
     raise SystemExit(_conclude(folder, None, given["report"], result))

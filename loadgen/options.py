@@ -135,6 +135,9 @@ def target_options(command: Any) -> Any:
                      help="Run folder. Default: runs/DATE-TIME-SCENARIO."),
         click.option("--gpus/--no-gpus", default=None, help="Watch this host's GPUs. Default: if "
                      "the server runs on this host (of --base-url: at 127.0.0.1)."),
+        click.option("--metrics-port", metavar="[HOST:]PORT",
+                     help="While the test runs, a Prometheus endpoint /metrics on this port of "
+                     "127.0.0.1, or of HOST. 0: a free one."),
         click.option("--report/--no-report", default=True, show_default=True,
                      help="Write report.html and charts when the run is over."),
     ]):
@@ -177,6 +180,9 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
                 None, "sim"):
             raise click.UsageError("--virtual is of the simulator: leave --base-url, --server and "
                                    "--server-cmd out")
+        if options["metrics_port"] is not None:
+            raise click.UsageError("--virtual is over before anybody could look: leave "
+                                   "--metrics-port out")
         return VirtualSim(server_options)
     if options["base_url"]:
         from servers.remote import RemoteServer  # noqa: PLC0415

@@ -72,6 +72,10 @@ class Pulse:
             fd_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             inflight_s=self._inflight_s(from_ns, to_ns))
 
+    def lag_recent_s(self) -> float:
+        """The latest of the last second."""
+        return max(0.0, *self._lags[-round(1 / PROBE_S):], 0.0)
+
     def lag_p99_s(self) -> float:
         lag = metrics.quantile(self._lags[-_KEEP:], 0.99)
         return max(0.0, lag.value) if lag else 0.0

@@ -70,6 +70,8 @@ class RequestRecord(Struct, omit_defaults=True):
     headers_ns: int | None = None
     first_ns: int | None = None
     first_visible_ns: int | None = None
+    role_ns: int | None = None  # an event with choices and no token: before the first one …
+    finish_ns: int | None = None  # … or the last after it; other tools time these, too
     gaps_us: list[int] = []
     reads: list[int] | None = None
     event_tok: list[int] | None = None
@@ -93,7 +95,8 @@ class RequestRecord(Struct, omit_defaults=True):
         if ns:
             self.due_ns += ns
             self.end_ns += ns
-            for name in ("sent_ns", "headers_ns", "first_ns", "first_visible_ns"):
+            for name in ("sent_ns", "headers_ns", "first_ns", "first_visible_ns", "role_ns",
+                         "finish_ns"):
                 if (stamp := getattr(self, name)) is not None:
                     setattr(self, name, stamp + ns)
 
@@ -173,6 +176,8 @@ class Recorder:
         self._throttle_status = throttle_status
         self._headers_ns: int | None = None
         self._first_visible_ns: int | None = None
+        self._role_ns: int | None = None
+        self._finish_ns: int | None = None
         self._stamps_ns = array("q")
         self._event_tok: list[int] = []
         self._finish: str | None = None
@@ -246,6 +251,7 @@ class Recorder:
             end_ns=self._end_ns if self.ended and self._end_ns else now_ns,
             outcome=outcome, sent_ns=self.sent_ns, headers_ns=self._headers_ns,
             first_ns=self.first_ns, first_visible_ns=self._first_visible_ns,
+            role_ns=self._role_ns, finish_ns=self._finish_ns,
             gaps_us=_gaps_us(stamps),
             reads=reads,
             stamp_kind=self.stamp_kind,
@@ -313,6 +319,10 @@ class Recorder:
             return
         if event.token:
             self._token(now_ns, event)
+        elif event.choices and not self._stamps_ns:
+            self._role_ns = self._role_ns or now_ns
+        elif event.choices:
+            self._finish_ns = now_ns
         self._seen_choices |= event.choices
         self._finish = event.finish_reason or self._finish
         self._usage = event.usage or self._usage

@@ -6,14 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from loadgen import calibrate, facts, health, resume, unit
+from loadgen import calibrate, exporter, facts, health, resume, unit
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
@@ -55,6 +55,7 @@ class Session(Struct, frozen=True):
     command: list[str]  # the words after `loadgen`
     patience_s: float | None = None  # the server's own, if None
     gpus: bool | None = None  # watch this host's; None: if the server is here
+    metrics_at: str | None = None  # [HOST:]PORT of a Prometheus endpoint; None: none
 
 
 def run_sweep(session: Session, plan: SweepPlan, view: View,
@@ -199,6 +200,8 @@ async def _session(session: Session, view: View,
     if before is None:
         RunFolder.check_free(session.out)
     async with AsyncExitStack() as stack:
+        sock = (None if session.metrics_at is None  # taken at once: it may be in use
+                else stack.enter_context(exporter.listen(session.metrics_at)))
         watcher = Watcher(view.say)
         stack.push_async_callback(watcher.close)
         launched = session.server.facts()["kind"] != "remote"
@@ -218,6 +221,9 @@ async def _session(session: Session, view: View,
             _goes_on(before, target, session.server.facts(), time.monotonic_ns(), time.time_ns())
         view.say(f"{session.scenario.name} → {target.model} at {target.base_url}; records in "
                  f"{folder.path}")
+        if sock is not None:
+            view.listener = stack.enter_context(closing(exporter.Exporter(sock, folder)))
+            view.say(f"metrics at {view.listener.url}")
         shards = await stack.enter_async_context(Shards(
             folder, folder.path.name, session.scenario, target, ratios, session.processes))
         watcher.opened(folder)

@@ -76,6 +76,8 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     good: int = 0  # … and the good ones among them
     outcomes: dict[str, int] = {}
     stalls: list[tuple[int, int]] = []
+    lag_s: float = 0.0  # of the event loop, the latest of the last second
+    cpu_frac: float | None = None  # of a core, over the leg so far
     health: Health | None = None  # with `ended` only
     stopped_ns: int | None = None
     failed: str | None = None
@@ -161,7 +163,8 @@ class Shard:
         return Frame(kind=kind, leg=run.leg.id, t_ns=now_ns(), inflight=self.work.client.inflight,
                      done=run.done, done_good=run.done_good, complete=run.complete,
                      sampled=run.sampled, good=run.good, streams=streams, silent_s=silent_s,
-                     usual_s=self._hush.usual_s,
+                     usual_s=self._hush.usual_s, lag_s=pulse.lag_recent_s(),
+                     cpu_frac=pulse.cpu_frac(now_ns()),
                      outcomes=dict(run.outcomes), stalls=pulse.stalls,
                      health=self._health(run) if ended else None,
                      stopped_ns=run.stopped_ns,

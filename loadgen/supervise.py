@@ -49,6 +49,8 @@ class Progress(Struct, frozen=True):
     streams: int = 0  # of those in flight: have begun
     silent_s: float = 0.0  # since anything came on any of them …
     usual_s: float = 0.0  # … and the longest that was before
+    lag_s: float = 0.0  # of the worst generator process, the latest of the last second
+    cpu_frac: float | None = None  # of the busiest one
 
 
 class _Process:
@@ -246,7 +248,9 @@ def together(leg: Leg, elapsed_s: float, frames: Sequence[Frame], stopping: bool
         sampled=sum(f.sampled for f in frames), good=sum(f.good for f in frames),
         outcomes=outcomes, stopping=stopping, streams=sum(f.streams for f in frames),
         silent_s=min((f.silent_s for f in frames if f.inflight), default=0.0),
-        usual_s=max((f.usual_s for f in frames), default=0.0))
+        usual_s=max((f.usual_s for f in frames), default=0.0),
+        lag_s=max((f.lag_s for f in frames), default=0.0),
+        cpu_frac=max((f.cpu_frac for f in frames if f.cpu_frac is not None), default=None))
 
 
 def window_of(leg: Leg, t0_ns: int, end_ns: int, frames: Sequence[Frame], ending: Ending,

@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,6 +20,14 @@ from loadgen.supervise import Progress
 _COLOURS = {"SAFE": "green", "UNSAFE": "red", "UNRESOLVED": "yellow", "INVALID": "magenta"}
 
 
+class Listener(Protocol):
+    """Who hears what the operator sees."""
+
+    def progress(self, now: Progress) -> None: ...
+
+    def judged(self, leg: Leg, judgement: Judgement) -> None: ...
+
+
 class View:
     """Use as `with View(…) as view`. `budget_s`: of the whole search; None for a single leg."""
 
@@ -29,6 +37,7 @@ class View:
         self._done: list[tuple[Leg, Judgement]] = []
         self._now: Progress | None = None
         self._waits: Callable[[], Text] | None = None
+        self.listener: Listener | None = None
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render,
                           vertical_overflow="visible") if console.is_terminal else None
 
@@ -48,9 +57,13 @@ class View:
 
     def progress(self, now: Progress) -> None:
         self._now = now
+        if self.listener is not None:
+            self.listener.progress(now)
 
     def judged(self, leg: Leg, judgement: Judgement) -> None:
         self._now = None
+        if self.listener is not None:
+            self.listener.judged(leg, judgement)
         self._done.append((leg, judgement))
         if not self._live:
             self._console.print(line(leg, judgement), soft_wrap=True, highlight=False)

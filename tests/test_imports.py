@@ -70,12 +70,14 @@ ALLOWED = {
                 "scenario store supervise",
     "doctor": "calibration headroom metrics rungs selftest",
     "terminal": "", "view": "judge leg supervise",
+    "board": "metrics record scenario",
+    "exporter": "board child errors judge leg record scenario store supervise",
     "facts": "judge prompts scenario store target",
     "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
-    "runner": "calibrate errors facts health judge leg prompts ramp record resume scenario store "
-              "supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "
-              "virtual watch",
+    "runner": "calibrate errors exporter facts health judge leg prompts ramp record resume "
+              "scenario store supervise sweep target telemetry.gpu telemetry.server "
+              "telemetry.signs unit view virtual watch",
     "campaign": "errors scenario store target",
     "options": "dial errors scenario target",
     "cli": "options calibration campaign doctor errors evidence exits judge leg ramp resume "

@@ -22,6 +22,7 @@ from locust.runners import STATE_STOPPED, LocalRunner
 from loadgen import facts, health
 from loadgen.attend import Ask
 from loadgen.errors import FolderError, GeneratorError, LoadgenError, ScenarioError, ServerError
+from loadgen.exporter import Exporter, listen
 from loadgen.fleet import options, prepare
 from loadgen.fleet.attendant import Attendant
 from loadgen.fleet.live import Live
@@ -31,6 +32,7 @@ from loadgen.pulse import PROBE_S
 from loadgen.record import TROUBLE
 from loadgen.scenario import Closed, Load, Open, PerSecond
 from loadgen.store import RunFolder
+from loadgen.supervise import Progress
 from servers.base import Server
 
 USAGE, INVALID, DIED, INTERRUPTED = 2, 3, 4, 130
@@ -38,6 +40,13 @@ HOLD_S = 120.0  # at most: an answer that takes longer is left out with all that
 
 log = logging.getLogger("loadgen")
 now_ns = time.monotonic_ns
+
+
+def _progress(run: FleetRun, on: OnLeg) -> Progress:
+    now = now_ns()
+    return Progress(on.leg, (now - on.t0_ns) / 1e9, inflight=len(run.flights), done=on.done,
+                    done_good=on.done_good, sampled=on.sampled, good=on.good,
+                    lag_s=on.pulse.lag_recent_s(), cpu_frac=on.pulse.cpu_frac(now))
 
 
 def code_of(error: LoadgenError) -> int:
@@ -62,6 +71,7 @@ class Lifecycle:
         self._own: tuple[Server, Path, str] | None = None  # simulator, its log, its URL
         self._ready: tuple[options.Asked, Server, Prepared, Attendant] | None = None
         self.attendant: Attendant | None = None
+        self.exporter: Exporter | None = None
         self._tests = self._legs = 0
         self._log_from = 0
         self._troubles = 0
@@ -75,6 +85,8 @@ class Lifecycle:
         """Checks the options, and starts the simulator if no host is given. Exits on errors."""
         try:
             asked = options.asked(self._options)
+            if asked.metrics_at is not None:
+                listen(asked.metrics_at).close()  # one in use is said now, not with a test
             hosts = {c.host for c in self.environment.user_classes} - {None}
             if not self.environment.host and not hosts:
                 server, path = prepare.start_simulator(asked.server_options)
@@ -197,9 +209,21 @@ class Lifecycle:
         if run is None or self.folder is None:
             return
         run.close()
+        self.hide()
         self.live.stop()
         self._keep_log(self.folder)
         self.report = gevent.spawn(self._write_report, self.folder)
+
+    def expose(self, folder: RunFolder) -> None:
+        """While a test runs, if that was asked for. Raises ScenarioError."""
+        if self.asked.metrics_at is not None:
+            self.exporter = Exporter(listen(self.asked.metrics_at), folder)
+            log.info("metrics at %s", self.exporter.url)
+
+    def hide(self) -> None:
+        if self.exporter is not None:
+            self.exporter.close()
+            self.exporter = None
 
     def quitting(self) -> None:
         """Locust exits: an interrupted test ends here, the exit code is set."""
@@ -253,6 +277,7 @@ class Lifecycle:
             self.folder, ["locust", *sys.argv[1:]], prepared.scenario, prepared.seed,
             prepared.criteria, prepared.target, said, prepared.ratios))
         self.attendant.ask(Ask("watch", folder=str(folder.path), simulated=bool(said["simulated"])))
+        self.expose(folder)
         self.run = RUNS[self.environment] = FleetRun(folder, prepared)
         self.live.begin(self.run)
         log.info("%s → %s at %s; records in %s", prepared.scenario.name, prepared.target.model,
@@ -317,6 +342,8 @@ class Lifecycle:
                 at = time.monotonic()
                 if run.on is not None:
                     run.on.pulse.look()
+                    if self.exporter is not None:
+                        self.exporter.progress(_progress(run, run.on))
                 self.live.sample(run, self.environment.runner.user_count)  # type: ignore[union-attr]
             gevent.sleep(0.1)
         return None

@@ -39,6 +39,7 @@ class Asked(Struct, frozen=True):
     out: Path | None
     server_options: str
     report: bool
+    metrics_at: str | None = None
 
 
 class _Key(argparse.Action):
@@ -88,6 +89,9 @@ def add_arguments(parser: LocustArgumentParser, default: str) -> None:
     parser.add_argument("--fleet-token-file", default=None, metavar="FILE", **hidden,
                         help="Holds the secret that master and workers share. Default: "
                         "$LOADGEN_FLEET_TOKEN; with --processes one is made")
+    parser.add_argument("--metrics-port", default="", metavar="[HOST:]PORT", **hidden,
+                        help="While a test runs, a Prometheus endpoint /metrics on this port of "
+                        "127.0.0.1, or of HOST. 0: a free one")
     parser.add_argument("--no-report", action="store_true", **hidden,
                         help="Do not write report.html")
 
@@ -137,7 +141,8 @@ def asked(options: argparse.Namespace) -> Asked:
         scenario=mix, model=options.model.strip(), api_key=key, rate_rps=options.rate or None,
         target=options.slo_target, seed=options.plan_seed,
         out=Path(options.run_folder) if options.run_folder else None,
-        server_options=options.server_options, report=not options.no_report)
+        server_options=options.server_options, report=not options.no_report,
+        metrics_at=options.metrics_port or None)
 
 
 def key_of(options: argparse.Namespace) -> str:

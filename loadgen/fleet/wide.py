@@ -96,6 +96,7 @@ class WideLifecycle(Lifecycle):
                 test.leave()
                 self.outcome = None
             self.live.stop()
+        self.hide()
         if self.attendant is not None:
             self.attendant.close()
             self.attendant = None
@@ -145,6 +146,7 @@ class WideLifecycle(Lifecycle):
             workers_of(stripes)))
         test = self.fleet.begin(stripes, folder, prepared, asked.api_key)
         self.attendant.ask(Ask("watch", folder=str(folder.path), simulated=bool(said["simulated"])))
+        self.expose(folder)
         self.test, test.began_ns = test, self._began_ns
         self.live.begin_test(test)
         log.info("%s → %s at %s over %d workers with %d shards; records in %s",
@@ -273,6 +275,8 @@ class WideConductor:
 
     def _seen(self, progress: Progress) -> None:
         self._lifecycle.seen = progress.outcomes
+        if self._lifecycle.exporter is not None:
+            self._lifecycle.exporter.progress(progress)
 
     def _died(self) -> str | None:
         return self._lifecycle.died()
