@@ -9,10 +9,12 @@ import msgspec
 import pandas as pd
 from msgspec import Struct
 
-from analysis import generator, steps, three
+from analysis import ceiling, generator, limits, steps, three
 from analysis import knee as knees
+from analysis.ceiling import Ceiling
 from analysis.frame import Run
 from analysis.knee import Knee
+from analysis.limits import Binding
 from analysis.phrases import NAMES, load_of, slo_of
 from analysis.steps import percent
 from loadgen import metrics, ramp
@@ -34,27 +36,42 @@ class Verdict(Struct, frozen=True):
 
 class Answer(Struct, frozen=True):
     """All that is made of a run, once, for terminal, report and summary alike. `knee` is None
-    for a run that is no sweep."""
+    for a run that is no sweep, `ceiling` and `binding` for one without a leg."""
 
     steps: pd.DataFrame
     levels: pd.DataFrame
     knee: Knee | None
     verdict: Verdict
+    ceiling: Ceiling | None = None
+    binding: Binding | None = None
 
 
 @lru_cache(maxsize=1)
 def answer(run: Run) -> Answer:
     knee = None if run.is_run or not run.legs else knees.of(run)
+    holds = ceiling.of(run) if run.legs else None
+    binds = None if holds is None else limits.of(run, holds)
     if not run.legs:
         verdict = Verdict("UNRESOLVED", "INVALID", "No leg was run: there is nothing to judge", [])
     elif knee is None:
         verdict = of_leg(run, *run.judgements) if len(run.legs) == 1 else of_legs(run)
     else:
         verdict = of_sweep(run, run.conclusion, knee)
+    more = [] if knee is None or holds is None else [ceiling.says(holds)]
+    if binds is not None and (knee is not None or verdict.load == "UNSAFE"):
+        more.append(limits.says(binds))
+    if verdict.measurement != "INVALID":
+        verdict = msgspec.structs.replace(verdict, sentences=_after_the_knee(verdict, more))
     if (said := generator.sentence(run)) is not None:
         verdict = msgspec.structs.replace(verdict, sentences=[*verdict.sentences, said])
     verdict = msgspec.structs.replace(verdict, three=three.of(run))
-    return Answer(steps.table(run), steps.levels(run), knee, verdict)
+    return Answer(steps.table(run), steps.levels(run), knee, verdict, holds, binds)
+
+
+def _after_the_knee(verdict: Verdict, more: Sequence[str]) -> list[str]:
+    at = next((i for i, x in enumerate(verdict.sentences, 1) if x.startswith("Knee ")),
+              len(verdict.sentences))
+    return [*verdict.sentences[:at], *more, *verdict.sentences[at:]]
 
 
 def verdict(run: Run) -> list[str]:
