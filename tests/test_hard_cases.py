@@ -31,7 +31,7 @@ from tests.virtual import config
 
 MIX = scenario.load("mixed")
 LEVELS = (1.0, 4.0, 16.0, 32.0, 64.0)
-TRUE_SAFE = 42  # of the server as it is; at three quarters of its speed some 20
+TRUE_SAFE = 42  # of the server as it is
 
 
 class Changing:
@@ -69,9 +69,10 @@ def slow_at(level: float, speed: float = 0.4) -> Callable[[float, float], float]
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_server_that_gets_slower_while_it_is_searched_is_not_called_safe_beyond_what_it_became(
         seed: int) -> None:
-    """From 100 s on at 0.72 of its speed, as a card that got hot: some 24 are then safe."""
+    """From 100 s on at 0.72 of its speed, as a card that got hot: then 96 % are good at 20 and 94 %
+    at 22."""
     end, _ = searched(Changing(MIX, lambda t, _: 1.0 if t < 100 else 0.72), seed)
-    assert end.safe is None or end.safe <= 24
+    assert end.safe is None or end.safe <= 21
 
 
 def test_a_level_whose_confirmation_was_slower_than_the_last_one_shows_the_drift() -> None:
