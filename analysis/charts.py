@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import labels, phrases, theme
+from analysis.ceiling import Ceiling, rounded
 from analysis.frame import Run
 from analysis.knee import Knee
 from analysis.words import Answer
@@ -156,6 +157,7 @@ def throughput(run: Run, answer: Answer) -> Chart:
     last = base.transform_filter(f"datum.value == {max(values)}")
     return alt.layer(
         *_knee(run, answer.knee, values), *_fitted(answer.knee, values, x, y),
+        *_ceiling(run, answer.ceiling, values),
         *_safe(run, answer.knee, x), *_line(base),
         *(last.transform_filter(f"datum.what == '{what}'").mark_text(
             align="left", dx=7, dy=dy, fontWeight=600).encode(text="what:N")
@@ -205,6 +207,20 @@ def _knee(run: Run, knee: Knee | None, values: Sequence[float],
         x=x, y=alt.value(0), text="text:N")
     return [at.mark_rect(color="#eceff2").encode(x=_load_axis(run, values, "lo"), x2="hi:Q"),
             at.mark_rule(color=theme.MUTED).encode(x=x), *([text] if labelled else [])]
+
+
+def _ceiling(run: Run, ceiling: Ceiling | None, values: Sequence[float]) -> list[alt.Chart]:
+    """A rule at the number of requests that the KV cache holds, where the chart reaches so far;
+    its label stands at the bottom, where the curves do not."""
+    if run.axis != "concurrency" or ceiling is None or ceiling.requests is None or not (
+            min(values) <= ceiling.requests <= 1.3 * max(values)):
+        return []
+    at = alt.Chart(data([{"value": ceiling.requests, "text":
+                           f"memory holds {rounded(ceiling.requests)}"}]))
+    x = _load_axis(run, values)
+    return [at.mark_rule(color=theme.UNSAFE, strokeDash=[2, 3]).encode(x=x),
+            at.mark_text(align="right", baseline="bottom", dx=-5, dy=-4, color=theme.MUTED).encode(
+                x=x, y=alt.value("height"), text="text:N")]
 
 
 def _fitted(knee: Knee | None, values: Sequence[float], x: alt.X, y: alt.Y) -> list[alt.Chart]:

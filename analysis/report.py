@@ -15,7 +15,7 @@ import msgspec
 import pandas as pd
 from altair.utils import schemapi
 
-from analysis import charts, frame, steps, tables, theme, timeline, words
+from analysis import ceiling, charts, frame, steps, tables, theme, timeline, words
 from analysis.charts import Chart
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
@@ -144,6 +144,12 @@ def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
         yield ("Knee", "–" if knee.value is None else f"{knee.value:.0f}",
                "not identified" if knee.lo is None or knee.hi is None
                else f"{knee.lo:.0f}–{knee.hi:.0f} at 95 %")
+    holds = answer.ceiling
+    if knee is not None and run.axis == "concurrency" and holds is not None:
+        yield ("Memory holds", "–" if holds.requests is None else
+               f"≈ {ceiling.rounded(holds.requests)}", "not known" if holds.live_tok is None
+               or holds.kv_cache_tok is None else
+               f"{holds.kv_cache_tok:,} KV tokens, {holds.live_tok:,.0f} per request")
     for r in (x for x in rows if run.is_run or x["value"] == c.safe):
         good, n, lower = ((r["good"], r["n"], r["lower_frac"]) if run.is_run or c.proof is None
                           else (c.proof.good, c.proof.n, c.proof.lower))

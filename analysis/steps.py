@@ -12,6 +12,7 @@ from analysis import frame
 from analysis.frame import Floats, Run
 from loadgen import metrics
 from loadgen.balance import stalls_inside
+from loadgen.evidence import bounds_of
 from loadgen.judge import Judgement
 from loadgen.leg import Window
 from loadgen.record import Outcome
@@ -60,15 +61,14 @@ def _counts(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
     """Rates of several legs are weighted by their windows. Bounds are one-sided ones."""
     n, good = sum(j.n for j in legs), sum(j.good for j in legs)
     errors, window_s = sum(j.errors for j in legs), sum(j.window_s for j in legs)
-    confidence = run.criteria.confidence
+    lower, upper = bounds_of(legs, run.criteria)
     return {
         "window_s": window_s, "n": n, "void": sum(j.void for j in legs), "good": good,
         "offered_rps": sum(j.offered_rps * j.window_s for j in legs) / window_s,
         "achieved_rps": sum(j.achieved_rps * j.window_s for j in legs) / window_s,
         "goodput_rps": sum(j.goodput_rps * j.window_s for j in legs) / window_s,
         "attainment_frac": good / n if n else None,
-        "lower_frac": metrics.lower_bound(good, n, confidence),
-        "upper_frac": metrics.upper_bound(good, n, confidence),
+        "lower_frac": lower, "upper_frac": upper,
         "errors": errors, "error_frac": errors / n if n else None}
 
 

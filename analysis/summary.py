@@ -10,7 +10,20 @@ from typing import Any
 
 import msgspec
 
-from analysis import ci, deaths, frame, gate, generator, gpus, journals, knee, otherwise, words
+from analysis import (
+    ceiling,
+    ci,
+    deaths,
+    frame,
+    gate,
+    generator,
+    gpus,
+    journals,
+    knee,
+    limits,
+    otherwise,
+    words,
+)
 from analysis.frame import Run
 from loadgen.scenario import Slo
 
@@ -60,6 +73,10 @@ def summarise(run: Run) -> dict[str, Any]:
         "conclusion": None if run.is_run else msgspec.to_builtins(run.conclusion),
         "knee": None if answer.knee is None else {
             **msgspec.to_builtins(answer.knee), "says": knee.says(answer.knee)},
+        "ceiling": None if answer.ceiling is None else {
+            **msgspec.to_builtins(answer.ceiling), "says": ceiling.says(answer.ceiling)},
+        "binding": None if answer.binding is None else {
+            **msgspec.to_builtins(answer.binding), "sentence": limits.says(answer.binding)},
         "steps": answer.steps.to_dict("records"),
         "classes": {j.leg: {c: {"good": good, "n": n} for c, (good, n) in j.classes.items()}
                     for j in run.judgements},

@@ -4,9 +4,10 @@ what stands in the way of more, what to do."""
 from collections.abc import Sequence
 
 from analysis.frame import Run
-from analysis.phrases import NAMES, count, daily, load_of, slo_of
+from analysis.phrases import NAMES, NOT_OURS, count, daily, load_of, slo_of
 from analysis.steps import percent
 from loadgen import metrics, ramp
+from loadgen.evidence import bounds_of
 from loadgen.judge import KV_FULL_FRAC, PREEMPTED_FRAC, Judgement, ServerSigns
 from loadgen.ramp import Conclusion
 from loadgen.validity import Finding
@@ -57,7 +58,7 @@ def _unresolved(run: Run, c: Conclusion) -> list[str]:
                 "Run it again with more time: --budget."]
     above = _next(run, c) if c.unsafe is not None else "No tested level was shown to be unsafe."
     return [f"Unresolved: no level{under} was shown to be safe (at {level:g}, {good} of {n} met "
-            f"{slo_of(run)}: the true share may be anything from {_between(run, good, n)}).",
+            f"{slo_of(run)}: the true share may be anything from {_between(run, own)}).",
             above, _settle(run, own, "--budget")]
 
 
@@ -108,7 +109,7 @@ def _one(run: Run, j: Judgement) -> list[str]:
         return [f"Not met at {where}{sure}.", cause(run, j),
                 "Try a lower load: `loadgen sweep` finds the largest safe one."]
     return [f"Unresolved at {where}: {j.good} of {j.n} met {slo_of(run)}, and the true share may "
-            f"be anything from {_between(run, j.good, j.n)}.",
+            f"be anything from {_between(run, [j])}.",
             f"Asked for is {target} with {percent(run.criteria.confidence)} confidence.",
             _settle(run, [j], "--duration")]
 
@@ -170,10 +171,9 @@ def _sure(run: Run) -> str:
     return f"{percent(run.criteria.confidence)} confident that"
 
 
-def _between(run: Run, good: int, n: int) -> str:
-    confidence = run.criteria.confidence
-    return (f"{percent(metrics.lower_bound(good, n, confidence), down=True)} to "
-            f"{percent(metrics.upper_bound(good, n, confidence))}")
+def _between(run: Run, legs: Sequence[Judgement]) -> str:
+    lower, upper = bounds_of(legs, run.criteria)
+    return f"{percent(lower, down=True)} to {percent(upper)}"
 
 
 def _settle(run: Run, legs: Sequence[Judgement], option: str) -> str:
@@ -195,7 +195,7 @@ def _settle(run: Run, legs: Sequence[Judgement], option: str) -> str:
 def _invalid(run: Run, j: Judgement, head: str) -> list[str]:
     found = next((f for f in j.findings if f.verdict == "INVALID"), None)
     failed = any(w.ending == "failed" for leg, w in run.legs if leg.id == j.leg)
-    limit = ("somebody else loaded the server" if found and found.rule == "foreign-load" else
+    limit = (NOT_OURS[found.rule] if found and found.rule in NOT_OURS else
              "the load generator failed" if failed else
              "the load generator was the limit, not the server")
     return [f"{head}: {limit}.", *_finding(found)]

@@ -9,13 +9,16 @@ import msgspec
 import pandas as pd
 from msgspec import Struct
 
-from analysis import generator, steps, three
+from analysis import ceiling, generator, limits, steps, three
 from analysis import knee as knees
+from analysis.ceiling import Ceiling
 from analysis.frame import Run
 from analysis.knee import Knee
-from analysis.phrases import NAMES, load_of, slo_of
+from analysis.limits import Binding
+from analysis.phrases import NAMES, NOT_OURS, load_of, slo_of
 from analysis.steps import percent
 from loadgen import metrics, ramp
+from loadgen.evidence import bounds_of
 from loadgen.judge import Judgement, LoadVerdict
 from loadgen.ramp import Conclusion
 from loadgen.validity import Finding, Measurement
@@ -34,27 +37,42 @@ class Verdict(Struct, frozen=True):
 
 class Answer(Struct, frozen=True):
     """All that is made of a run, once, for terminal, report and summary alike. `knee` is None
-    for a run that is no sweep."""
+    for a run that is no sweep, `ceiling` and `binding` for one without a leg."""
 
     steps: pd.DataFrame
     levels: pd.DataFrame
     knee: Knee | None
     verdict: Verdict
+    ceiling: Ceiling | None = None
+    binding: Binding | None = None
 
 
 @lru_cache(maxsize=1)
 def answer(run: Run) -> Answer:
     knee = None if run.is_run or not run.legs else knees.of(run)
+    holds = ceiling.of(run) if run.legs else None
+    binds = None if holds is None else limits.of(run, holds)
     if not run.legs:
         verdict = Verdict("UNRESOLVED", "INVALID", "No leg was run: there is nothing to judge", [])
     elif knee is None:
         verdict = of_leg(run, *run.judgements) if len(run.legs) == 1 else of_legs(run)
     else:
         verdict = of_sweep(run, run.conclusion, knee)
+    more = [] if knee is None or holds is None else [ceiling.says(holds)]
+    if binds is not None and (knee is not None or verdict.load == "UNSAFE"):
+        more.append(limits.says(binds))
+    if verdict.measurement != "INVALID":
+        verdict = msgspec.structs.replace(verdict, sentences=_after_the_knee(verdict, more))
     if (said := generator.sentence(run)) is not None:
         verdict = msgspec.structs.replace(verdict, sentences=[*verdict.sentences, said])
     verdict = msgspec.structs.replace(verdict, three=three.of(run))
-    return Answer(steps.table(run), steps.levels(run), knee, verdict)
+    return Answer(steps.table(run), steps.levels(run), knee, verdict, holds, binds)
+
+
+def _after_the_knee(verdict: Verdict, more: Sequence[str]) -> list[str]:
+    at = next((i for i, x in enumerate(verdict.sentences, 1) if x.startswith("Knee ")),
+              len(verdict.sentences))
+    return [*verdict.sentences[:at], *more, *verdict.sentences[at:]]
 
 
 def verdict(run: Run) -> list[str]:
@@ -140,7 +158,7 @@ def _grounds(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> l
     if not confirmed and lower >= run.criteria.target:
         return [said + "a confirmation with fresh requests would settle it: give more with "
                 "--budget."]
-    return [said + _settle(run, good, n)]
+    return [said + _settle(run, confirmed or here)]
 
 
 def _unsafe(run: Run, usable: Sequence[Judgement], level: float, met: str) -> str:
@@ -174,7 +192,7 @@ def of_leg(run: Run, j: Judgement) -> Verdict:
                 f"Asked for: {percent(run.criteria.target)} of the requests."]
     else:
         head = f"Unresolved at {where}"
-        rest = [f"{share}; {_settle(run, j.good, j.n)}",
+        rest = [f"{share}; {_settle(run, [j])}",
                 *([f"Class {', '.join(j.refuted_classes)} surely misses the target."]
                   if j.refuted_classes else [])]
     if j.measurement == "SUSPECT":
@@ -240,7 +258,7 @@ def _of_each(run: Run, j: Judgement, met: str) -> str:
     if _kind(j) == "INVALID":
         return f"{share}, which tells nothing: {_findings(j.findings)[0]}"
     return f"{share}; " + (_at_least(run, j.lower) if j.load == "SAFE"
-                           else _settle(run, j.good, j.n))
+                           else _settle(run, [j]))
 
 
 # ------------------------------------------------------------------------------------- phrases
@@ -256,17 +274,18 @@ def _at_least(run: Run, lower: float) -> str:
 
 
 def _generator(run: Run) -> str:
-    if {f.rule for f in run.judgements[-1].findings if f.verdict == "INVALID"} == {"foreign-load"}:
-        return "somebody else loaded the server"
+    rules = {f.rule for f in run.judgements[-1].findings if f.verdict == "INVALID"}
+    if len(rules) == 1 and (said := NOT_OURS.get(*rules)) is not None:
+        return said
     return ("the load generator failed" if run.legs[-1][1].ending == "failed" else
             "the load generator was the limit, not the server")
 
 
-def _settle(run: Run, good: int, n: int) -> str:
+def _settle(run: Run, legs: Sequence[Judgement]) -> str:
     target, confidence = run.criteria.target, run.criteria.confidence
-    lower = percent(metrics.lower_bound(good, n, confidence), down=True)
-    bounds = (f"the true share lies between {lower} and "
-              f"{percent(metrics.upper_bound(good, n, confidence))}")
+    good, n = sum(j.good for j in legs), sum(j.n for j in legs)
+    lower, upper = bounds_of(legs, run.criteria)
+    bounds = f"the true share lies between {percent(lower, down=True)} and {percent(upper)}"
     miss = (n - good) / n if n else 0.0
     more = metrics.needed_n(target, miss, confidence) if miss < 1 - target else None
     if more is None:

@@ -129,6 +129,17 @@ def has_margin(legs: Sequence[Judgement], in_the_end: bool = False) -> bool:
     return mean + margin * math.sqrt(variance * (1 + (0 if in_the_end else 1 / r))) <= 0
 
 
+def bounds_of(legs: Sequence[Judgement], criteria: Criteria) -> tuple[float, float]:
+    """One-sided bounds of the share that these legs of one load show: of one leg its own; of
+    several, as of so many independent requests as all of them are worth."""
+    if len(legs) == 1:
+        return legs[0].lower, legs[0].upper
+    good, n = sum(j.good for j in legs), sum(j.n for j in legs)
+    worth = 1 / sequential.design_effect([_blocks(j) for j in legs], criteria.runs_differ)
+    return (metrics.lower_bound(good * worth, n * worth, criteria.confidence),
+            metrics.upper_bound(good * worth, n * worth, criteria.confidence))
+
+
 def contradicts(j: Judgement, criteria: Criteria) -> bool:
     """This leg alone shows that its level is not safe. Of a confirmation only distress and a
     refuted class do: its share counts together with the others of its level, as one bad run in
@@ -275,12 +286,14 @@ def drifts(legs: Sequence[Judgement]) -> list[str]:
     meanwhile, so that levels that were tried at different times cannot be compared."""
     found = []
     for level in levels_of(legs):
-        here = [j for j in legs if j.value == level and j.phase in OF_LEVEL and not j.cut
+        here = [j for j in legs if j.value == level and j.phase in OF_LEVEL
                 and not j.died and j.n >= DRIFT_N]
-        if len(here) < 2:
+        if len(here) < 2 or here[0].cut:
             continue
         for name, most in (("tpot_p50_s", DRIFT), ("ttft_p50_s", DRIFT_TTFT)):
             first, last = getattr(here[0], name), getattr(here[-1], name)
+            if here[-1].cut and first and last and last < first:
+                continue  # it is cut while its slow answers are under way: it may be slower still
             if first and last and not 1 / most <= last / first <= most:
                 what = "TPOT" if name.startswith("tpot") else "TTFT"
                 how = "slower" if last > first else "faster (does a cache know the prompts?)"

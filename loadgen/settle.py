@@ -12,6 +12,7 @@ from collections.abc import Sequence
 BATCH = 5
 BLOCKS = 10
 SLOPE_T = 4.0  # eight degrees of freedom: 0.2 % by chance, one-sided
+LOST = 2.0  # a failed request is as bad as one that took twice its limits
 HALVES = 1.25  # … and the second half is so much worse: less is no matter for a verdict
 
 
@@ -50,7 +51,10 @@ def slope_t(values: Sequence[float]) -> float:
 
 
 def rises(values: Sequence[float]) -> float | None:
-    """By which factor the second half is worse than the first, if there is a trend; else None."""
+    """By which factor the second half is worse than the first, if there is a trend; else None.
+    A value that is infinite (a request that failed) counts as the worst that is not, or as LOST."""
+    worst = max([LOST, *(x for x in values if x < math.inf)])
+    values = [min(x, worst) for x in values]
     half = len(values) // 2
     first, second = sum(values[:half]), sum(values[len(values) - half:])
     if half == 0 or first <= 0 or second < HALVES * first or slope_t(values) < SLOPE_T:

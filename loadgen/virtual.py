@@ -65,12 +65,14 @@ class VirtualExecutor:
         self._scenario, self._config, self._utilization = scenario, config, utilization
         self._slos = {c.name: scenario.slo_of(c.name) for c in scenario.classes}
         self._engine, self._front = Engine(config), front or Front(config.machine.constants)
+        self._sampled_s = self._worked_s = 0.0  # when the last sample was, and the front's CPU then
         self._ids = itertools.count(1)
         self._faults = Faults(faults, random.Random(config.seed), lambda: 0.0)
 
     async def restart(self, why: str) -> None:
         """A new engine, START_S later; the faults are those of before."""
         self._engine, self._front = Engine(self._config), Front(self._config.machine.constants)
+        self._worked_s = 0.0
         self.now_s += START_S
 
     async def run_leg(self, leg: Leg) -> tuple[Window, list[RequestRecord], ServerSigns]:
@@ -103,7 +105,7 @@ class VirtualExecutor:
         return window, run.done, signs_of(window, series(self.rows, "server"))
 
     def _sample(self, t_s: float, busy_frac: float) -> None:
-        """Rows as of the server's /metrics and of a card."""
+        """Rows as of the server's /metrics, of a card and of the API server's process."""
         engine, stats, t_ns = self._engine, self._engine.stats, round(t_s * NS)
         machine = self._config.machine
         said = {"running": engine.running, "waiting": engine.waiting, "kv_frac": engine.kv_usage,
@@ -111,6 +113,10 @@ class VirtualExecutor:
                 "output_tok": stats.generation_tok, "finished": sum(stats.finished.values()),
                 "prefix_queries": stats.prefix_queries, "prefix_hits": stats.prefix_hits}
         self.rows += [Row("server", t_ns, name, float(value)) for name, value in said.items()]
+        worked_s = self._front.worked_s(t_s)
+        cores = (worked_s - self._worked_s) / (t_s - self._sampled_s)
+        self._sampled_s, self._worked_s = t_s, worked_s
+        self.rows.append(Row("process", t_ns, "front_cores", cores))
         card = {"memory_used_bytes": used_gib(machine, self._utilization) * GIB,
                 "memory_total_bytes": machine.gpu.memory_gib * GIB,
                 "util_frac": min(1.0, busy_frac)}

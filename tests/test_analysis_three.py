@@ -95,7 +95,7 @@ def test_unsafe_from_the_lowest_level_on(sweep: Run) -> None:
         "49 more requests like these would settle it, about 4 more minutes: --duration."]),
     ("UNRESOLVED", "ladder", [
         f"Unresolved: no level was shown to be safe (at 8, 10 of 10 met {LIMITS}: the true share "
-        "may be anything from 74.1 % to 100 %).", "No tested level was shown to be unsafe.",
+        "may be anything from 73.1 % to 100 %).", "No tested level was shown to be unsafe.",
         "59 more requests like these would settle it, about 4 more minutes: --budget."]),
     ("INVALID", "run", [
         "No verdict at 8 concurrent requests: the load generator was the limit, not the server.",

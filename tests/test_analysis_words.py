@@ -157,7 +157,8 @@ def test_single_leg_is_met_or_not_met(tmp_path: Path, slo: str | None, starts: s
 def test_several_loads_that_were_asked_for_are_judged_each_for_itself(tmp_path: Path) -> None:
     path = synthetic.write(tmp_path / "run", levels=(64, 32, 16, 8), confirm=None, phase="run",
                            measure_s=80.0)
-    _, *each, generator = said(path).splitlines()
+    _, *each, binds, generator = said(path).splitlines()
+    assert binds.startswith("What binds at 64: compute")
     assert generator.startswith("Generator: ")
     assert re.fullmatch(
         r"8, 16, 32 concurrent requests SAFE; 64 UNSAFE "

@@ -161,10 +161,10 @@ def test_recorded_metrics_of_a_full_server_are_read() -> None:
     found = {r.name: r for r in rows_of(text, 5)}
     assert set(found) == {"running", "waiting", "kv_frac", "preemptions", "prompt_tok",
                           "output_tok", "finished", "prefix_queries", "prefix_hits",
-                          *(f"{x}_s_{part}" for x in ("queue", "prefill", "decode")
+                          "kv_cache_tok", *(f"{x}_s_{part}" for x in ("queue", "prefill", "decode")
                             for part in ("sum", "count"))}
-    assert {n: found[n].value for n in ("running", "waiting", "preemptions")} == {
-        "running": 3.0, "waiting": 21.0, "preemptions": 0.0}
+    assert {n: found[n].value for n in ("running", "waiting", "preemptions", "kv_cache_tok")} == {
+        "running": 3.0, "waiting": 21.0, "preemptions": 0.0, "kv_cache_tok": 768.0}
     assert found["running"].labels == {"engine": "0", "model_name": "tiny"}
     assert all((r.source, r.t_ns) == ("server", 5) for r in found.values())
 

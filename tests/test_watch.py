@@ -95,6 +95,27 @@ def test_a_tree_s_memory_threads_and_cpu_are_added_up() -> None:
     assert found["fds"] >= 4
     assert found["rss_bytes"] > 5e6
     assert 0.05 < found["cpu_cores"] < 1.2
+    assert found["front_cores"] < 0.1  # the first one waits; the child works
+
+
+def test_of_several_that_answer_http_the_busiest_is_the_front() -> None:
+    """A vLLM with several API servers titles them; above them stands one that only waits."""
+    busy = ("import ctypes, time; ctypes.CDLL(None).prctl(15, b'VLLM::APIServer_1', 0, 0, 0)\n"
+            "until = time.monotonic() + 30\nwhile time.monotonic() < until: pass")
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
+    with subprocess.Popen([sys.executable, "-c", child], process_group=0) as process:
+        try:
+            tree = Tree(process.pid)
+            until = time.monotonic() + 10
+            while time.monotonic() < until and not any(
+                    "APIServer" in p.name() for p in tree._processes()):
+                time.sleep(0.05)
+            tree.look(time.monotonic_ns())
+            time.sleep(0.5)
+            found = {r.name: r.value for r in tree.look(time.monotonic_ns())}
+        finally:
+            os.killpg(process.pid, 9)
+    assert 0.05 < found["front_cores"] == pytest.approx(found["cpu_cores"], abs=0.05)
 
 
 def test_a_tree_that_is_gone_has_no_rows() -> None:

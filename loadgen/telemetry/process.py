@@ -14,6 +14,7 @@ import psutil
 from loadgen.store import Row
 
 PERIOD_S = 1.0
+FRONT = "APIServer"  # in the title of each where a vLLM has several, with the first one above them
 _ROOT = Path("/sys/fs/cgroup")
 
 
@@ -27,14 +28,18 @@ class Tree:
 
     def look(self, now_ns: int) -> list[Row]:
         """None where it is gone. CPU is in cores, since the last look; it leaves out what began
-        after that. Memory that processes share is counted in each of them."""
-        rss = threads = fds = used_s = 0.0
+        after that. Memory that processes share is counted in each of them. `front_cores`: of the
+        busiest process that may answer HTTP, the first one or one that is titled so."""
+        rss = threads = fds = used_s = front_s = 0.0
         cpu_s: dict[psutil.Process, float] = {}
         for p in self._processes():
             with contextlib.suppress(psutil.Error), p.oneshot():
                 times = p.cpu_times()
                 cpu_s[p] = times.user + times.system
-                used_s += max(0.0, cpu_s[p] - self._cpu_s.get(p, cpu_s[p]))
+                own_s = max(0.0, cpu_s[p] - self._cpu_s.get(p, cpu_s[p]))
+                used_s += own_s
+                if p.pid == self._pid or FRONT in p.name():
+                    front_s = max(front_s, own_s)
                 rss += p.memory_info().rss
                 threads += p.num_threads()
                 fds += p.num_fds()
@@ -44,6 +49,7 @@ class Tree:
         found = {"processes": float(len(cpu_s)), "rss_bytes": rss, "threads": threads, "fds": fds}
         if before_ns is not None and now_ns > before_ns:
             found["cpu_cores"] = used_s / ((now_ns - before_ns) / 1e9)
+            found["front_cores"] = front_s / ((now_ns - before_ns) / 1e9)
         return [Row("process", now_ns, name, value) for name, value in found.items()]
 
     def _processes(self) -> list[psutil.Process]:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import aiohttp
 
@@ -64,7 +64,9 @@ HISTOGRAMS = {  # of seconds per request: their sum and count give a mean over a
 }
 NAMES |= {f"{theirs}_{part}": f"{ours}_s_{part}" for theirs, ours in HISTOGRAMS.items()
           for part in ("sum", "count")}
-_WANTED = re.compile("^(?:" + "|".join(map(re.escape, NAMES)) + r")[ {].*$", re.MULTILINE)
+CACHE = "vllm:cache_config_info"  # its labels say how large the KV cache is
+_WANTED = re.compile("^(?:" + "|".join(map(re.escape, [*NAMES, CACHE])) + r")[ {].*$",
+                     re.MULTILINE)
 
 
 def rows_of(text: str, t_ns: int) -> list[Row]:
@@ -73,9 +75,18 @@ def rows_of(text: str, t_ns: int) -> list[Row]:
     from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 (0.1 s)
 
     wanted = "\n".join(_WANTED.findall(text)) + "\n"
-    return [Row("server", t_ns, NAMES[s.name], float(s.value), dict(s.labels))
-            for family in text_string_to_metric_families(wanted) for s in family.samples
-            if s.name in NAMES and s.labels.get("finished_reason") != "abort"]
+    samples = [s for family in text_string_to_metric_families(wanted) for s in family.samples]
+    rows = [Row("server", t_ns, NAMES[s.name], float(s.value), dict(s.labels))
+            for s in samples if s.name in NAMES and s.labels.get("finished_reason") != "abort"]
+    return rows + [Row("server", t_ns, "kv_cache_tok", tok, {"engine": s.labels.get("engine", "")})
+                   for s in samples if s.name == CACHE and (tok := _cache_tok(s.labels))]
+
+
+def _cache_tok(labels: Mapping[str, str]) -> float | None:
+    """Tokens that an engine's KV cache holds: as it says, or blocks by their size."""
+    told = [labels.get(x, "") for x in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size")]
+    tok, blocks, size = (int(x) if x.isdecimal() else 0 for x in told)
+    return float(tok or blocks * size) or None
 
 
 def gpu_rows_of(answer: list[dict[str, float]], t_ns: int) -> list[Row]:

@@ -34,6 +34,7 @@ class Front:
         self._token_s, self._merged_s = constants.front_token_s, constants.front_merged_s
         self._request_s, self._latency_s = constants.front_request_s, constants.front_latency_s
         self._taken_s = self._given_s = 0.0  # the last request, and the last turn, is through
+        self._work_s = 0.0  # of all that has begun
         self._waiting: deque[tuple[int, int]] = deque()  # steps: tokens, and how many are fresh
 
     @property
@@ -41,10 +42,15 @@ class Front:
         """When the next turn begins, if steps wait for it."""
         return self._given_s if self._waiting else None
 
+    def worked_s(self, now_s: float) -> float:
+        """Its CPU time until now; it is one process, and so on one core."""
+        return self._work_s - max(0.0, self._given_s - now_s)
+
     def take_in(self, now_s: float) -> float:
         """A request came; when the engine has it."""
         self._taken_s = max(now_s, self._taken_s) + self._request_s
         self._given_s = max(now_s, self._given_s) + self._request_s
+        self._work_s += self._request_s
         return self._taken_s + self._latency_s
 
     def give_out(self, now_s: float, tokens: int, fresh: int) -> list[Turn]:
@@ -65,6 +71,7 @@ class Front:
                 [b - a for a, b in itertools.pairwise(ends_s)], default=each_s)):
             return []
         self._given_s = ends_s[-1] + each_s
+        self._work_s += each_s * len(ends_s)
         return [end_s + each_s for end_s in ends_s]
 
     def begin(self, now_s: float) -> list[Turn]:
@@ -72,11 +79,15 @@ class Front:
         begun = []
         while self._waiting and self._given_s <= now_s:
             tokens, _ = self._waiting.popleft()
-            self._given_s += self._token_s * tokens
+            self._work(self._token_s * tokens)
             steps = 1
             while tokens <= CHUNK_TOK and self._waiting and self._waiting[0][0] <= CHUNK_TOK:
                 more, fresh = self._waiting.popleft()
-                self._given_s += self._token_s * fresh + self._merged_s * (more - fresh)
+                self._work(self._token_s * fresh + self._merged_s * (more - fresh))
                 steps += 1
             begun.append(Turn(self._given_s, steps))
         return begun
+
+    def _work(self, seconds: float) -> None:
+        self._given_s += seconds
+        self._work_s += seconds

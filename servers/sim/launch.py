@@ -35,13 +35,22 @@ def _check(options: Sequence[str]) -> argparse.Namespace:
         raise  # --help
 
 
+def _sizes(config: EngineConfig) -> dict[str, Any]:
+    """The facts of an engine by which its limits are known, named as a vLLM's are."""
+    return {"kv_cache_tok": config.num_blocks * BLOCK_TOK, "block_size": BLOCK_TOK,
+            "max_num_seqs": config.max_num_seqs, "prefix_caching": config.prefix_caching,
+            "max_num_batched_tokens": config.max_num_batched_tokens}
+
+
 class SimServer:
     """`options`: what stands after `--`, as `--gpu 4090d --model qwen2.5-7b`."""
 
     patience_s = 60.0
 
     def __init__(self, options: Sequence[str], log: Path) -> None:
-        _check(options)
+        self._sizes: dict[str, Any] = {}
+        with contextlib.suppress(DoesNotFit, ValueError):  # then it says so itself, and ends
+            self._sizes = _sizes(engine_config(_check(options)))
         host = option(options, "--host") or "127.0.0.1"
         asked = option(options, "--port")
         port = asked if asked not in (None, "0") else str(free_port())  # kept over restarts
@@ -77,7 +86,7 @@ class SimServer:
         tail = self._process.tail(50) if self._process else []
         said = [x for x in tail if "KV cache" in x or "concurrency" in x]
         return {"kind": "sim", "simulated": True, "command": without_secrets(self._command),
-                "log": [x.strip() for x in said][:4]}
+                **self._sizes, "log": [x.strip() for x in said][:4]}
 
     def stop(self) -> None:
         if self._process is not None:
@@ -116,7 +125,7 @@ class VirtualSim:
         return {"kind": "sim", "simulated": True, "virtual_time": True,
                 "command": ["servers.sim", *without_secrets(self._options)],
                 "gpu": machine.gpu.name, "tensor_parallel_size": machine.tp,
-                "model": machine.model.name, "kv_cache_tok": config.num_blocks * BLOCK_TOK,
+                "model": machine.model.name, **_sizes(config),
                 "constants": machine.constants.source}
 
     def stop(self) -> None:
