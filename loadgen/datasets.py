@@ -52,9 +52,9 @@ def read(source: Dataset) -> Contents:
     return found
 
 
-def filled(source: Dataset, folder: Path) -> Dataset:
-    """The source with its file's full path, hash and numbers; `folder`: its scenario's."""
-    there = msgspec.structs.replace(source, path=str((folder / source.path).resolve()))
+def filled(source: Dataset, path: str) -> Dataset:
+    """The source with its file's full path, hash and numbers."""
+    there = msgspec.structs.replace(source, path=path)
     found = read(there)
     return msgspec.structs.replace(there, sha256=found.sha256, entries=len(found.entries),
                                    broken=len(found.broken))

@@ -253,18 +253,25 @@ def load(name: str) -> Scenario:
 
 def _with_files(scenario: Scenario, path: Path) -> Scenario:
     """The same with its files' full paths, and what is in the datasets. Raises ScenarioError."""
-    classes = tuple(c if c.dataset is None else msgspec.structs.replace(
-        c, dataset=datasets.filled(c.dataset, path.parent)) for c in scenario.classes)
+    classes = tuple(c if c.dataset is None else msgspec.structs.replace(c, dataset=datasets.filled(
+        c.dataset, _place(path, c.dataset.path))) for c in scenario.classes)
     for c in classes:
         if c.dataset is not None and c.output_tok is None:
             datasets.check_lengths(c.dataset, f"{path}: class {c.name}")
     load = scenario.load
     if isinstance(load, TraceFile):
-        place = str((path.parent / load.path).resolve())
+        place = _place(path, load.path)
         _, sha256 = datasets.content_of(place)
         datasets.check_hash(place, load.sha256, sha256)
         load = msgspec.structs.replace(load, path=place, sha256=sha256)
     return msgspec.structs.replace(scenario, classes=classes, load=load)
+
+
+def _place(path: Path, named: str) -> str:
+    """Where a file is that a scenario's file names; a shipped one also for a scenario that began as
+    a copy of a shipped one."""
+    here = (path.parent / named).resolve()
+    return str(here if here.exists() or not (SHIPPED / named).exists() else SHIPPED / named)
 
 
 def parse(raw: object, where: str) -> Scenario:

@@ -180,6 +180,13 @@ def test_a_path_is_relative_to_its_scenario_and_the_hash_and_number_are_kept(
     assert scenario.parse(plain, "manifest") == scenario.load(str(path))
 
 
+def test_a_copy_of_a_shipped_scenario_finds_the_shipped_file(tmp_path: Path) -> None:
+    for name in ("sharegpt", "trace-azure-conv"):
+        copy = tmp_path / f"{name}.toml"
+        copy.write_bytes((scenario.SHIPPED / copy.name).read_bytes())
+        assert scenario.load(str(copy)) == scenario.load(name)
+
+
 def test_a_file_that_is_another_one_than_the_run_s_is_refused(tmp_path: Path) -> None:
     mix = many(tmp_path, 5)
     source = mix.classes[0].dataset
@@ -277,7 +284,7 @@ def test_what_is_good_beside_a_broken_entry_is_used_if_asked_for(tmp_path: Path,
     source: Dataset = kind(path=str(path), skip_broken=True)
     found = datasets.read(source)
     assert (len(found.entries), len(found.broken)) == (1, 1)
-    filled = datasets.filled(source, tmp_path)
+    filled = datasets.filled(source, str(path))
     assert (filled.entries, filled.broken) == (1, 1)
     (words,) = datasets.says([filled])
     assert "1 entries" in words
