@@ -30,11 +30,11 @@ sampling = { ignore_eos = true }
 def test_a_real_prefix_cache_holds_what_the_hash_ids_say(tmp_path: Path, model: Path) -> None:
     talks(tmp_path / "t.jsonl")  # four turns of ten users in 40 s
     (tmp_path / "s.toml").write_text(SCENARIO)
-    process = start(
-        "run", "./s.toml", "--server", "vllm", "--server-cmd", real_vllm.SERVE, "--model",
-        str(model), "--seed", "5", "--out", "r", "--no-report", "--", *real_vllm.FLAGS,
-        "--enable-prompt-tokens-details", cwd=tmp_path, env=real_vllm.ENV)
-    said = over(process, real_vllm.START_S + 60)
+    with start(
+            "run", "./s.toml", "--server", "vllm", "--server-cmd", real_vllm.SERVE, "--model",
+            str(model), "--seed", "5", "--out", "r", "--no-report", "--", *real_vllm.FLAGS,
+            "--enable-prompt-tokens-details", cwd=tmp_path, env=real_vllm.ENV) as process:
+        said = over(process, real_vllm.START_S + 60)
     assert said.code in real_vllm.JUDGED, said.all
     folder = RunFolder(tmp_path / "r")
     ((leg, _),) = folder.legs()
