@@ -20,6 +20,7 @@ from analysis.frame import Floats, Run
 from loadgen import metrics
 from loadgen.errors import INCONCLUSIVE, PASS, SLO_MISSED, ScenarioError
 from loadgen.record import Outcome
+from loadgen.scenario import placeless
 
 ALPHA = 0.05
 RESAMPLES = 1000
@@ -91,7 +92,7 @@ def unlike(base: Run, new: Run) -> dict[str, str]:
         if x != y:
             found[name] = f"{x} against {y}"
     for k in sorted({*a.scenario, *b.scenario} - {"load", "duration", "description"}):
-        if a.scenario.get(k) != b.scenario.get(k):
+        if placeless(a.scenario.get(k)) != placeless(b.scenario.get(k)):
             found[f"scenario.{k}"] = f"{a.scenario.get(k)} against {b.scenario.get(k)}"
     return found
 

@@ -15,7 +15,7 @@ import msgspec
 import pandas as pd
 from altair.utils import schemapi
 
-from analysis import ceiling, charts, frame, steps, tables, theme, timeline, words
+from analysis import ceiling, charts, frame, given, steps, tables, theme, timeline, words
 from analysis.charts import Chart
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
@@ -36,7 +36,8 @@ def write(run: Run) -> Path:
         answer = words.answer(run)
         drawn: list[Chart] = []
         body = "\n".join([*_head(run, answer), *_level_charts(run, answer, drawn),
-                          *_run_charts(run, drawn), *tables.of(run, answer), *_ends(run)])
+                          *_given(run, drawn), *_run_charts(run, drawn),
+                          *tables.of(run, answer), *_ends(run)])
         specs = [charts.spec(c.properties(width="container")) for c in drawn]
         page = _page(run.manifest.model, body, specs, library.result())
     path = run.folder.write("report.html", page.encode())
@@ -200,6 +201,26 @@ def _level_charts(run: Run, answer: Answer, drawn: list[Chart]) -> Iterator[str]
                    (theme.SAFE, "safe"), (theme.UNSAFE, "unsafe"),
                    (theme.UNRESOLVED, "unresolved: too few to tell"))) + "</p>")
     yield _figure(drawn, charts.attainment(run, answer))
+
+
+def _given(run: Run, drawn: list[Chart]) -> Iterator[str]:
+    """What came from files."""
+    if run.frame.empty:
+        return
+    replayed, files = given.arrivals(run), given.rows(run)
+    if replayed:
+        yield "<h2>Arrivals of the trace</h2>"
+        about = escape(given.trace_file(run) or "Given instants.")
+        yield (f'<p class="muted">{about} '
+               + " ".join(SWATCH.format(c, t) for c, t in (
+                   (theme.MEASURED, "planned"), (theme.BLUE, "started"))) + "</p>")
+        for one in replayed:
+            yield _figure(drawn, given.curve(one), escape(given.sentence(one)))
+    if files:
+        yield "<h2>Prompts from files</h2>"
+        yield ('<p class="muted">Each entry is sent once before any is sent again. What a server '
+               "with a prefix cache had before costs it less.</p>")
+        yield tables.table(given.HEADS, files)
 
 
 def _run_charts(run: Run, drawn: list[Chart]) -> Iterator[str]:

@@ -39,21 +39,21 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
     yield ('<p class="muted">A p90 stands only where there are '
            f"{charts.FEW} values or more. In brackets the lower bound.</p>")
     cells = [steps.cells(r) for r in rows]  # in two tables: one would be twice the page's width
-    yield _table(steps.HEADS[:FIRST], (own[:FIRST] for own in cells))
-    yield _table(("leg", *steps.HEADS[FIRST:], *MORE), (
+    yield table(steps.HEADS[:FIRST], (own[:FIRST] for own in cells))
+    yield table(("leg", *steps.HEADS[FIRST:], *MORE), (
         [own[0], *own[FIRST:], *_more(r)] for own, r in zip(cells, rows, strict=True)))
-    yield _table(SERVER, ([r["leg"], *_server(r)] for r in rows))
-    yield _table(("leg", "why"), ([r["leg"], r["reasons"].ljust(LONG + 1)] for r in rows))
+    yield table(SERVER, ([r["leg"], *_server(r)] for r in rows))
+    yield table(("leg", "why"), ([r["leg"], r["reasons"].ljust(LONG + 1)] for r in rows))
     if run.states:
         yield "<h2>The server’s states</h2>"
         yield f'<p class="muted">{escape(deaths.sentence(run) or "It did not die.")}</p>'
-        yield _table(("at", "leg", "state", "evidence"), (
+        yield table(("at", "leg", "state", "evidence"), (
             [f"{s['t_s']:.1f} s", s["leg"] or "–", s["state"], (s["why"] or "").ljust(LONG + 1)]
             for s in deaths.states(run) if s["why"] or s["state"] == "STARTING"))
     if any(gpu.n for gpu in run.gpus):
         yield "<h2>The server’s GPUs</h2>"
         yield f'<p class="muted">{escape(gpus.sentence(run) or "")} {GPU_NOTE}</p>'
-        yield _table(GPU, (_gpu(run, r) for r in rows))
+        yield table(GPU, (_gpu(run, r) for r in rows))
     yield "<h2>What other ways of measuring would have said</h2>"
     yield ('<p class="muted">The same requests three ways. From the send, whoever waits in the '
            "client’s queue does not count; of complete answers only, failures do not; and a tool "
@@ -61,36 +61,36 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
            "due then is never measured. In a closed loop a request is due when its slot is free, "
            "and the first and the last are much the same. Never: so many had no first "
            "token.</p>")
-    yield _table(otherwise.HEADS, otherwise.cells(otherwise.of(run)))
+    yield table(otherwise.HEADS, otherwise.cells(otherwise.of(run)))
     yield "<h2>The generator</h2>"
     yield ('<p class="muted">How the load generator itself was; of several processes, the one '
            "that is worst off. ≤: the largest of too few for a p99. Load that was there: of an "
            "open loop’s starts those made in the window, of a closed loop’s slots those that were "
            "full. Little’s law: what it counted in flight against what its records add up to (± "
            "what may be chance). Server counts: against the records; 1 is the same.</p>")
-    yield _table(GENERATOR, map(_generator, rows))
-    yield _table(ADDS_UP, map(_adds_up, rows))
+    yield table(GENERATOR, map(_generator, rows))
+    yield table(ADDS_UP, map(_adds_up, rows))
     if len(run.frame):
         yield "<h2>By class</h2>"
-        yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
+        yield table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
                       "output tokens p50"), _classes(run))
     missed = [j for j in run.judgements if j.misses]
     if missed:
         reasons = sorted({x for j in missed for x in j.misses})
         yield "<h2>Misses by reason</h2>"
         yield '<p class="muted">A request may break several limits.</p>'
-        yield _table(("leg", "n", "missed", *(phrases.NAMES.get(x, x) for x in reasons)),
+        yield table(("leg", "n", "missed", *(phrases.NAMES.get(x, x) for x in reasons)),
                      ([j.leg, str(j.n), str(j.n - j.good),
                        *(str(j.misses.get(x, "")) for x in reasons)] for j in missed))
     f = run.frame[run.frame["error"] != ""]
     said = Counter(zip(f["outcome"], f["error"], strict=True)).most_common(12)
     if said:
         yield "<h3>What failed requests were told</h3>"
-        yield _table(("outcome", "requests", "message"), (
+        yield table(("outcome", "requests", "message"), (
             [outcome, str(n), error.ljust(LONG + 1)] for (outcome, error), n in said))
 
 
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Cells are text; one that is a verdict gets its colour."""
     top = "".join(f"<th>{escape(x)}</th>" for x in heads)
     lines = []

@@ -52,6 +52,7 @@ class Answer(Struct, frozen=True, omit_defaults=True):
 
     model: str = ""
     ratios: dict[str, Ratio] = {}
+    context_tok: int | None = None
     failed: str | None = None
     unreachable: bool = False
 
@@ -86,7 +87,8 @@ class _Attendant:
             self._target = target = msgspec.structs.replace(target, model=model)
         await calibrate.wait_ready(target, self._mix, lambda: None, patience_s)
         ratios = await calibrate.ratios(target, self._mix, self._seed)
-        return Answer(model=target.model, ratios=ratios)
+        return Answer(model=target.model, ratios=ratios,
+                      context_tok=await calibrate.context_tok(target))
 
 
 _decode_ask = msgspec.json.Decoder(Ask).decode

@@ -79,11 +79,29 @@ async def the_model(target: Target) -> str:
     raise ScenarioError(f"the server has several models; give --model, one of: {', '.join(names)}")
 
 
+async def context_tok(target: Target) -> int | None:
+    """Tokens that the model's context holds, if the server says so: vLLM's `max_model_len`."""
+    try:
+        async with (aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=10), proxy=target.proxy) as session,
+                    session.get(f"{target.base_url}/v1/models", headers=target.headers,
+                                ssl=context_of(target.trust)) as answer):
+            said = await answer.json(content_type=None)
+            found = next(m.get("max_model_len") for m in said["data"] if m["id"] == target.model)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError,
+            AttributeError, StopIteration):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
 async def ratios(target: Target, scenario: Scenario, seed: int) -> dict[str, Ratio]:
     """Characters per token of each class, by the best means the server offers."""
     found: dict[str, Ratio] = {}
     async with Client(target, scenario) as client:
         for c in scenario.classes:
+            if c.prompt_tok is None:  # a dataset's: nothing is made to measure
+                found[c.name] = prompts.guess(c)
+                continue
             texts = _texts(c, seed, -(-SAMPLES // len(scenario.classes)))
             counts = await _tokenized(target, scenario, texts)
             if counts:
@@ -105,6 +123,7 @@ def _plausible(ratio: Ratio, c: RequestClass) -> Ratio:
 
 def _texts(c: RequestClass, seed: int, n: int) -> list[str]:
     """Prompts of the class, of lengths from a quarter to the whole of its longest."""
+    assert c.prompt_tok is not None
     most, guess = min(longest(c.prompt_tok), 4096), prompts.guess(c)
     texts = []
     for k in range(n):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
-from loadgen import __version__, scenario
+from loadgen import __version__, datasets, scenario
 from loadgen.errors import (
     DIED,
     INCONCLUSIVE,
@@ -160,7 +160,9 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
     loadgen run code --rate 2 --arrivals gamma --cv 2 --num-prompts 100
     """
     chosen = scenario.load(name)
-    load = load_of(chosen, options)
+    if options["seed"] is None:
+        options["seed"] = secrets.randbelow(2**31)
+    load = load_of(chosen, options, options["seed"])
     if options["duration"] and options["num_prompts"]:
         raise click.UsageError("give --duration or --num-prompts, not both")
     duration_s: Seconds | None = options["duration"] or chosen.duration_s
@@ -174,7 +176,7 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
     warmup_s = options["warmup"] or (0.0 if whole else min(10.0, 0.2 * (duration_s or 0.0)))
     value = (load.concurrency if isinstance(load, Closed)
              else load.rate_rps if isinstance(load, Open)
-             else len(load.due_s) / max(duration_s or 1.0, 1e-9))
+             else float(f"{len(load.due_s) / max(duration_s or 1.0, 1e-9):.3g}"))
 
     def measure(session: Any, view: Any) -> Any:
         from loadgen import runner  # noqa: PLC0415
@@ -383,7 +385,7 @@ def scenarios(name: str | None) -> None:
         click.echo(scenario.find(name).read_text(encoding="utf-8"), nl=False)
         return
     for path in sorted(scenario.SHIPPED.glob("*.toml")):
-        click.echo(f"{path.stem:10} {scenario.load(str(path)).description}")
+        click.echo(f"{path.stem:16} {scenario.load(str(path)).description}")
 
 
 @main.command()
@@ -444,6 +446,8 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     if slo := slo_of(options["slos"]):
         chosen = chosen.with_slo(slo)
     console, found = plain_console(), calibration.load()
+    for words in datasets.says(c.dataset for c in chosen.classes):
+        console.print(words, style="dim", highlight=False, soft_wrap=True)
     if found.ignored:
         console.print(f"Not used: {found.ignored}", style="dim", highlight=False, soft_wrap=True)
     out: Path = options["out"] or Path("runs") / _run_name(chosen)

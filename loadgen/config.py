@@ -151,4 +151,6 @@ def _structs(kind: Any) -> list[Any]:
 
 
 def _literals(kind: Any) -> tuple[object, ...]:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return tuple(c for arg in typing.get_args(kind) for c in _literals(arg))
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()

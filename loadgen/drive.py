@@ -279,7 +279,8 @@ class LegRun:
         return Shot(leg=self.leg.id, shard=self.work.shard,
                     seq=next(self.work.seq) if seq is None else seq,
                     session=planned.k, turn=turn, cls=planned.cls, due_ns=due_ns, body=body,
-                    want_prompt_tok=what.prompt_tok, max_tokens=what.output_tok,
+                    want_prompt_tok=what.prompt_tok if what.text is None else None,
+                    max_tokens=what.output_tok,
                     abandon_after_s=what.abandon_after_s)
 
     def _bodies(self, planned: plan.Session) -> list[bytes]:
@@ -288,7 +289,7 @@ class LegRun:
         texts = [plan.prompt(cls, planned, turn, self.leg.seed, work.ratios[cls.name])
                  for turn in range(len(planned.turns))]
         return [openai.body(work.scenario.endpoint, work.client.target.model, text,
-                            what.output_tok, cls)
+                            what.output_tok, cls, what.before)
                 for text, what in zip(texts, planned.turns, strict=True)]
 
     def _count(self, record: RequestRecord) -> None:

@@ -8,6 +8,7 @@ Servers that speak it differ in little: SGLang, TGI, llama.cpp, Ollama, LM Studi
 Transformers each have a stream and their errors in tests/data/dialects. None has to be named.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -23,10 +24,13 @@ _FINISH_APART = b'"fp_ollama"'  # whose finish has an empty content, also where 
 _encode = msgspec.json.Encoder().encode
 
 
-def body(endpoint: str, model: str, prompt: str, max_tokens: int, cls: RequestClass) -> bytes:
-    """The JSON body of one streamed request that asks for usage."""
-    return conversation(endpoint, model, [{"role": "user", "content": prompt}], max_tokens,
-                        cls.sampling)
+def body(endpoint: str, model: str, prompt: str, max_tokens: int, cls: RequestClass,
+         before: Sequence[tuple[str, str]] = ()) -> bytes:
+    """The JSON body of one streamed request that asks for usage. `before`: roles and texts of the
+    messages that come before the prompt."""
+    said = [*before, ("user", prompt)]
+    return conversation(endpoint, model, [{"role": r, "content": text} for r, text in said],
+                        max_tokens, cls.sampling)
 
 
 def conversation(endpoint: str, model: str, messages: list[dict[str, str]], max_tokens: int,

@@ -15,6 +15,7 @@ import msgspec
 from loadgen import scenario
 from loadgen.errors import ScenarioError
 from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Seconds, Slo, Trace
+from loadgen.sources import TraceFile
 from loadgen.target import HIDDEN, Trust, target_of
 
 
@@ -335,8 +336,8 @@ def levels_of(text: str | None, most: float, axis: str) -> tuple[float, ...]:
     return levels
 
 
-def load_of(chosen: Scenario, options: dict[str, Any]) -> Load:
-    """The load that the options ask for, else the scenario's own."""
+def load_of(chosen: Scenario, options: dict[str, Any], seed: int) -> Load:
+    """The load that the options ask for, else the scenario's own; of a trace what it holds."""
     given = [k for k in ("concurrency", "rate", "timestamps") if options[k] is not None]
     if len(given) > 1:
         raise click.UsageError("give one of --concurrency, --rate and --timestamps")
@@ -350,6 +351,10 @@ def load_of(chosen: Scenario, options: dict[str, Any]) -> Load:
     if chosen.load is None:
         raise click.UsageError(f"scenario {chosen.name} has no load of its own: give "
                                "--concurrency N, --rate R or --timestamps FILE")
+    if isinstance(chosen.load, TraceFile):
+        from loadgen import traces  # noqa: PLC0415  (numpy waits)
+
+        return traces.trace(chosen.load, seed)
     return chosen.load
 
 

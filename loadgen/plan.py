@@ -10,14 +10,17 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
+from loadgen import datasets
 from loadgen.leg import Leg
-from loadgen.prompts import Ratio, build
+from loadgen.prompts import Ratio, build, recorded
 from loadgen.scenario import (
     Closed,
     Fixed,
@@ -29,31 +32,37 @@ from loadgen.scenario import (
     Trace,
     Uniform,
 )
+from loadgen.sources import Asked, Dataset
 
-ARRIVALS, MIX, LENGTHS, PROMPTS, CALIBRATION = range(5)  # streams of randomness
+ARRIVALS, MIX, LENGTHS, PROMPTS, CALIBRATION, TRACE = range(6)  # streams of randomness
 _BLOCK: Final = 1024  # gaps drawn at once
+_GOLDEN: Final = 0x9E3779B97F4A7C15  # 2⁶⁴ times the golden ratio's fraction
 
 
 class Turn(Struct, frozen=True):
     """One request of a session. `think_s`: pause before it, after the answer before; `text`: a
-    given prompt instead of a made one; `abandon_after_s`: the client leaves."""
+    given prompt instead of a made one (`prompt_tok` is a guess then), `before`: roles and texts of
+    the messages that come before it; `abandon_after_s`: the client leaves."""
 
     prompt_tok: int
     output_tok: int
     think_s: float = 0.0
     abandon_after_s: float | None = None
     text: str | None = None
+    before: tuple[tuple[str, str], ...] = ()
 
 
 class Session(Struct, frozen=True):
     """What one user does. `due_s` counts from the leg's start; None: when a slot is free.
-    Sessions with equal `prefix` ids begin with the same text."""
+    Sessions with equal `prefix` ids begin with the same text; so do those with equal `blocks`,
+    each id of which stands for BLOCK_TOK tokens of a recorded prompt."""
 
     k: int
     cls: str
     due_s: float | None
     turns: tuple[Turn, ...]
     prefix: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
 
 
 @functools.cache
@@ -84,11 +93,33 @@ def sessions(scenario: Scenario, leg: Leg, shard: int = 0, of: int = 1) -> Itera
         of = min(of, leg.load.concurrency)  # a shard without a slot has no stripe either
         if shard >= of:
             return
-        for k in itertools.count(shard, of) if limit is None else range(shard, limit, of):
-            yield session(scenario, leg.seed, k, None)
+        ks = itertools.count(shard, of) if limit is None else range(shard, limit, of)
+        for k, nth in _numbered(scenario, leg.seed, ks):
+            yield session(scenario, leg.seed, k, None, nth)
         return
-    for k, due_s in itertools.islice(enumerate(arrivals(leg.load, leg.seed)), shard, limit, of):
-        yield session(scenario, leg.seed, k, due_s)
+    asked = leg.load.asked if isinstance(leg.load, Trace) else ()
+    instants = itertools.islice(arrivals(leg.load, leg.seed), shard, limit, of)
+    numbers = _numbered(scenario, leg.seed, itertools.count(shard, of))
+    for due_s, (k, nth) in zip(instants, numbers, strict=False):
+        planned = session(scenario, leg.seed, k, due_s, nth)
+        yield _as_recorded(planned, asked[k]) if asked else planned
+
+
+def _numbered(scenario: Scenario, seed: int,
+              ks: Iterable[int]) -> Iterator[tuple[int, int | None]]:
+    """Each k with how many sessions of its class come before it; None, where nobody asks: only a
+    dataset's entries are counted off."""
+    asks = len(scenario.classes) > 1 and any(c.dataset is not None for c in scenario.classes)
+    seen: Counter[str] = Counter()
+    passed = 0
+    for k in ks:
+        if not asks:
+            yield k, None
+            continue
+        for before in range(passed, k):
+            seen[_class(scenario, stream(seed, MIX, before)).name] += 1
+        passed = k
+        yield k, seen[_class(scenario, stream(seed, MIX, k)).name]
 
 
 def arrivals(load: Open | Trace, seed: int) -> Iterator[float]:
@@ -111,14 +142,49 @@ def arrivals(load: Open | Trace, seed: int) -> Iterator[float]:
         now_s += float(gaps.sum())
 
 
-def session(scenario: Scenario, seed: int, k: int, due_s: float | None) -> Session:
-    """Session k of the plan: its class by weight, its lengths, its shared prefix."""
+def session(scenario: Scenario, seed: int, k: int, due_s: float | None,
+            nth: int | None = None) -> Session:
+    """Session k of the plan: its class by weight, its lengths, its shared prefix. `nth`: how many
+    of its class come before it; None: all do."""
     mix, lengths = stream(seed, MIX, k), stream(seed, LENGTHS, k)
-    shares = _shares(tuple(c.weight for c in scenario.classes))
-    cls = scenario.classes[min(bisect.bisect_right(shares, mix.random()), len(shares) - 1)]
+    cls = _class(scenario, mix)
     prefix = (int(mix.integers(cls.shared_prefix.groups)),) if cls.shared_prefix else ()
+    if cls.dataset is not None:
+        return Session(k=k, cls=cls.name, due_s=due_s,
+                       turns=_given(cls, cls.dataset, k if nth is None else nth, seed, lengths))
+    assert cls.prompt_tok is not None
+    assert cls.output_tok is not None
     turn = Turn(prompt_tok=draw(cls.prompt_tok, lengths), output_tok=draw(cls.output_tok, lengths))
     return Session(k=k, cls=cls.name, due_s=due_s, turns=(turn,), prefix=prefix)
+
+
+def _class(scenario: Scenario, mix: np.random.Generator) -> RequestClass:
+    shares = _shares(tuple(c.weight for c in scenario.classes))
+    return scenario.classes[min(bisect.bisect_right(shares, mix.random()), len(shares) - 1)]
+
+
+def _given(cls: RequestClass, source: Dataset, nth: int, seed: int,
+           lengths: np.random.Generator) -> tuple[Turn, ...]:
+    """The requests of a dataset's entry."""
+    entries = datasets.read(source).entries
+    return tuple(Turn(
+        prompt_tok=sum(datasets.guess_tok(text) for _, text in [*g.before, ("user", g.text)]),
+        output_tok=(g.output_tok or 1) if cls.output_tok is None else draw(cls.output_tok, lengths),
+        text=g.text, before=g.before) for g in entries[pick(nth, seed, len(entries))])
+
+
+def pick(nth: int, seed: int, n: int) -> int:
+    """Which of n entries the nth request of a class has: each once before any comes again. All
+    seeds go through one shuffled row; neighbouring seeds, as the legs of a search have, begin far
+    from each other there (steps of the golden ratio), so that they share no entry for as long as
+    the file allows."""
+    begins = (seed * _GOLDEN % 2**64) * n >> 64
+    return int(_order(n)[(begins + nth) % n])
+
+
+@functools.lru_cache(maxsize=8)
+def _order(n: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    return np.random.Generator(np.random.Philox(n)).permutation(n)
 
 
 @functools.cache
@@ -126,6 +192,12 @@ def _shares(weights: tuple[float, ...]) -> list[float]:
     """Cumulated, up to 1."""
     shares: list[float] = np.cumsum(np.array(weights) / sum(weights)).tolist()
     return shares
+
+
+def _as_recorded(planned: Session, asked: Asked) -> Session:
+    """With the lengths and the shared blocks of a trace's request."""
+    turn = Turn(prompt_tok=asked.prompt_tok, output_tok=asked.output_tok)
+    return msgspec.structs.replace(planned, turns=(turn,), prefix=(), blocks=tuple(asked.blocks))
 
 
 def draw(length: Length, rng: np.random.Generator) -> int:
@@ -148,6 +220,8 @@ def prompt(cls: RequestClass, planned: Session, turn: int, seed: int, ratio: Rat
     if what.text is not None:
         return what.text
     rng = stream(seed, PROMPTS, planned.k * 64 + turn)
+    if planned.blocks:
+        return recorded(cls, what.prompt_tok, ratio, planned.blocks, seed)
     return build(cls, what.prompt_tok, ratio, rng, nonce(seed, planned.k, turn),
                  planned.prefix or None)
 

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from loadgen import texts
 from loadgen.scenario import RequestClass
+from loadgen.sources import BLOCK_TOK
 
 NONCE_MAX_CHARS = 9  # in brackets and with a space 12: inside the first 16 tokens of any tokenizer
 GUESS_OVERHEAD_TOK = 10.0  # of a ChatML template without a system prompt
@@ -107,6 +108,26 @@ def build(
     if room <= 0:
         return opening + ending
     return f"{opening}{_filler(cls.kind, cls.language, room, rng)}\n\n{ending}"
+
+
+def recorded(cls: RequestClass, prompt_tok: int, ratio: Ratio, blocks: Sequence[int],
+             seed: int) -> str:
+    """A prompt of about `prompt_tok` tokens, the template's own included, of a trace's blocks: each
+    id stands for the same BLOCK_TOK tokens of text wherever it is, and for other ones under
+    another seed. Nothing else is in it, so that prompts share what the trace says, no less and no
+    more; the last block is cut."""
+    each = round(BLOCK_TOK * ratio.chars_per_tok)
+    chars = max(1, round((prompt_tok - ratio.overhead_tok) * ratio.chars_per_tok))
+    return "".join([_block(cls.kind, cls.language, each, seed, ident) for ident in blocks])[:chars]
+
+
+@functools.lru_cache(maxsize=2048)
+def _block(kind: Kind, language: Language, chars: int, seed: int, ident: int) -> str:
+    """Begins with a mark of its own: shared are whole blocks, not how two of them happen to
+    begin."""
+    mark = f"\n\n[{seed:x}.{ident:x}] "
+    rng = np.random.default_rng([_SALT, seed, ident])
+    return mark + _filler(kind, language, max(1, chars - len(mark)), rng)
 
 
 class _Bank(NamedTuple):

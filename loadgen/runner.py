@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from loadgen import calibrate, exporter, facts, health, resume, unit
+from loadgen import calibrate, exporter, facts, health, resume, traces, unit
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
@@ -21,7 +21,7 @@ from loadgen.prompts import Ratio
 from loadgen.ramp import SweepPlan
 from loadgen.record import TROUBLE, RequestRecord
 from loadgen.resume import Clock, NextLeg, Replay, Stopped
-from loadgen.scenario import Scenario
+from loadgen.scenario import Scenario, Trace, TraceFile
 from loadgen.store import SCHEMA, Header, Journal, LegLine, RunFolder
 from loadgen.supervise import Progress, Shards
 from loadgen.sweep import Executor, SweepResult, run_one, sweep
@@ -91,14 +91,36 @@ def _nothing_left(session: Session, plan: SweepPlan, before: Stopped) -> SweepRe
 
 def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
     """One leg, and its verdicts."""
-    async def body(executor: Executor) -> SweepResult:
-        window, judgement = await run_one(leg, session.scenario, session.criteria, executor)
-        view.judged(leg, judgement)
+    async def run(fit: Leg, executor: Executor) -> SweepResult:
+        window, judgement = await run_one(fit, session.scenario, session.criteria, executor)
+        view.judged(fit, judgement)
         says = "interrupted" if window.ending == "interrupted" else ""
         return SweepResult([judgement], window.ending, window.note or says)
+
+    async def body(executor: "_Executor") -> SweepResult:
+        asks = isinstance(leg.load, Trace) and leg.load.asked
+        most = await executor.context_tok() if asks else None
+        return await run(_fitted(session, leg, most, view), executor)
     if isinstance(session.server, VirtualSim):
-        return _virtual(session, session.server, view, body)
+        fit = _fitted(session, leg, session.server.config.max_model_len, view)
+        return _virtual(session, session.server, view, lambda executor: run(fit, executor))
     return _drive(_session(session, view, body))
+
+
+def _fitted(session: Session, leg: Leg, max_model_len: int | None, view: View) -> Leg:
+    """The leg with a trace that the server's context holds; what it does not hold is said. A
+    server that does not tell its context refuses what is too long, which its records say."""
+    if max_model_len is None or not isinstance(leg.load, Trace) or not leg.load.asked:
+        return leg
+    own = session.scenario.load
+    too_long = own.too_long if isinstance(own, TraceFile) else None
+    load, n = traces.fitted(leg.load, max_model_len, too_long)
+    if n:
+        view.say(f"{n} of the trace's {len(leg.load.asked)} requests are longer than the server's "
+                 f"context of {max_model_len} tokens: "
+                 f"{'their prompts are cut' if too_long == 'cut' else 'they are left out'}")
+    value = leg.value * len(load.due_s) / len(leg.load.due_s)
+    return msgspec.structs.replace(leg, load=load, value=float(f"{value:.3g}"))
 
 
 def _virtual(session: Session, server: VirtualSim, view: View,
@@ -289,6 +311,9 @@ class _Executor:
         await watcher.sample()
         records = [r for r in self.folder.records(self._offsets) if r.leg == leg.id]
         return window, records, signs_of(window, series(watcher.rows, "server"))
+
+    async def context_tok(self) -> int | None:
+        return await calibrate.context_tok(self._target)
 
     async def restart(self, why: str) -> None:
         self._view.say(f"restarting the server: {why}")

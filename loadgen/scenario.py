@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from loadgen import datasets
 from loadgen.config import PerSecond as PerSecond
 from loadgen.config import Seconds as Seconds
 from loadgen.config import convert as convert
@@ -22,6 +23,9 @@ from loadgen.config import nearest
 from loadgen.config import to_plain as to_plain
 from loadgen.errors import ScenarioError
 from loadgen.presets import SLOS as PRESETS
+from loadgen.sources import Asked, Dataset
+from loadgen.sources import TraceFile as TraceFile
+from loadgen.sources import placeless as placeless
 
 Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
 Count = Annotated[int, Meta(ge=1)]
@@ -96,12 +100,14 @@ class SharedPrefix(_Frozen, frozen=True):
 
 
 class RequestClass(_Frozen, frozen=True):
-    """One kind of request of the mix."""
+    """One kind of request of the mix. Its prompts are made, `prompt_tokens` long, or those of a
+    `dataset`, whose answers are as long as the file says where `output_tokens` is not given."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
     kind: Literal["summary", "code", "json", "chat"]
-    prompt_tok: Length = field(name="prompt_tokens")
-    output_tok: Length = field(name="output_tokens")
+    prompt_tok: Length | None = field(default=None, name="prompt_tokens")
+    output_tok: Length | None = field(default=None, name="output_tokens")
+    dataset: Dataset | None = None
     weight: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
     language: Literal["en", "zh", "mixed"] = "en"
     shared_prefix: SharedPrefix | None = None
@@ -127,10 +133,12 @@ class Open(_Frozen, frozen=True, tag_field="mode", tag="open"):
 
 
 class Trace(_Frozen, frozen=True, tag_field="mode", tag="trace"):
-    """Arrivals at given instants: `due`, seconds from the start, ascending."""
+    """Arrivals at given instants: `due`, seconds from the start, ascending. `asked`: the lengths
+    of each, where it is of a recorded trace; else its class draws them."""
 
     due_s: tuple[Annotated[float, Meta(ge=0, le=1e9)], ...] = field(name="due")
     max_inflight: Count = 4096
+    asked: tuple[Asked, ...] = ()
 
 
 Load = Closed | Open | Trace
@@ -181,7 +189,7 @@ class Scenario(_Frozen, frozen=True):
     slo: Slo = Slo()
     timeouts: Timeouts = Timeouts()
     throttle_status: tuple[Annotated[int, Meta(ge=400, le=599)], ...] = ()
-    load: Load | None = None
+    load: Load | TraceFile | None = None
     shape: Shape | None = None  # of a test by Locust
     duration_s: Seconds | None = field(default=None, name="duration")
 
@@ -240,12 +248,35 @@ def load(name: str) -> Scenario:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ScenarioError(f"{path}: not valid TOML: {e}") from e
     raw.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem)[:60])
-    return parse(raw, where=str(path))
+    return _with_files(parse(raw, where=str(path)), path)
+
+
+def _with_files(scenario: Scenario, path: Path) -> Scenario:
+    """The same with its files' full paths, and what is in the datasets. Raises ScenarioError."""
+    classes = tuple(c if c.dataset is None else msgspec.structs.replace(c, dataset=datasets.filled(
+        c.dataset, _place(path, c.dataset.path))) for c in scenario.classes)
+    for c in classes:
+        if c.dataset is not None and c.output_tok is None:
+            datasets.check_lengths(c.dataset, f"{path}: class {c.name}")
+    load = scenario.load
+    if isinstance(load, TraceFile):
+        place = _place(path, load.path)
+        _, sha256 = datasets.content_of(place)
+        datasets.check_hash(place, load.sha256, sha256)
+        load = msgspec.structs.replace(load, path=place, sha256=sha256)
+    return msgspec.structs.replace(scenario, classes=classes, load=load)
+
+
+def _place(path: Path, named: str) -> str:
+    """Where a file is that a scenario's file names; a shipped one also for a scenario that began as
+    a copy of a shipped one."""
+    here = (path.parent / named).resolve()
+    return str(here if here.exists() or not (SHIPPED / named).exists() else SHIPPED / named)
 
 
 def parse(raw: object, where: str) -> Scenario:
     """A checked Scenario of plain data (a TOML file's, a manifest's)."""
-    scenario = convert(_named_slos(raw, where), Scenario, where)
+    scenario = convert(_named_slos(_named_replay(raw), where), Scenario, where)
     names = [c.name for c in scenario.classes]
     if len(set(names)) < len(names):
         raise ScenarioError(f"{where}: classes: two of them have one name ({', '.join(names)}); "
@@ -254,6 +285,7 @@ def parse(raw: object, where: str) -> Scenario:
         raise ScenarioError(f"{where}: classes: the weights sum to nothing; give at least one "
                             "class a weight above 0")
     for c in scenario.classes:
+        _check_prompts(scenario, c, f"{where}: class {c.name}")
         for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok)):
             if isinstance(length, Uniform | Lognormal) and length.min > length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: min {length.min} is more "
@@ -261,7 +293,7 @@ def parse(raw: object, where: str) -> Scenario:
             if isinstance(length, Lognormal) and not length.min <= length.median <= length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: median {length.median} is "
                                     f"not between min {length.min} and max {length.max}")
-        if c.shared_prefix and c.shared_prefix.tokens >= longest(c.prompt_tok):
+        if c.shared_prefix and c.prompt_tok and c.shared_prefix.tokens >= longest(c.prompt_tok):
             raise ScenarioError(f"{where}: class {c.name}: shared_prefix of "
                                 f"{c.shared_prefix.tokens} tokens leaves nothing of the prompt; "
                                 f"give it less than {longest(c.prompt_tok)}")
@@ -269,7 +301,39 @@ def parse(raw: object, where: str) -> Scenario:
         due_s = list(scenario.load.due_s)
         if not due_s or due_s != sorted(due_s):
             raise ScenarioError(f"{where}: load.due: instants must be ascending, and at least one")
+        if len(scenario.load.asked) not in (0, len(due_s)):
+            raise ScenarioError(f"{where}: load.asked: {len(scenario.load.asked)} requests for "
+                                f"{len(due_s)} instants; a trace's file gives both")
     return scenario
+
+
+def _named_replay(raw: object) -> object:
+    """The same; a load of mode "trace" that names a file is a replay's."""
+    load = raw.get("load") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or not isinstance(load, dict) or load.get("mode") != "trace" or (
+            not {"format", "path"} & load.keys()):
+        return raw
+    return {**raw, "load": {**load, "mode": "replay"}}
+
+
+def _check_prompts(scenario: Scenario, c: RequestClass, where: str) -> None:
+    """Lengths are given once: by the class, its dataset or the trace. Raises ScenarioError."""
+    if c.dataset is None:
+        for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok)):
+            if length is None:
+                raise ScenarioError(f"{where}: {key} is missing: say how long they are to be, as "
+                                    f"{key} = 512, or give the class a dataset")
+        if c.shared_prefix and isinstance(scenario.load, TraceFile):
+            raise ScenarioError(f"{where}: shared_prefix: what the prompts of a trace share, its "
+                                "file says; leave this out")
+        return
+    for key, given in (("prompt_tokens", c.prompt_tok), ("shared_prefix", c.shared_prefix)):
+        if given is not None:
+            raise ScenarioError(f"{where}: {key}: the prompts are those of the dataset; leave one "
+                                "of the two out")
+    if isinstance(scenario.load, TraceFile):
+        raise ScenarioError(f"{where}: dataset: a trace says how long prompts are, a dataset what "
+                            "they are; leave one of the two out")
 
 
 def _named_slos(raw: object, where: str) -> object:

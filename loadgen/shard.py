@@ -20,10 +20,10 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from loadgen import child, net, scenario
+from loadgen import child, datasets, net, scenario
 from loadgen.client import Client
 from loadgen.drive import LegRun, Work
-from loadgen.errors import GeneratorError, StoreError
+from loadgen.errors import GeneratorError, ScenarioError, StoreError
 from loadgen.leg import Health, Leg
 from loadgen.net import now_ns
 from loadgen.prompts import Ratio
@@ -210,8 +210,11 @@ async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
     checked = scenario.parse(setup.scenario, "setup")
     async with Client(setup.target, checked) as client:
         try:
+            for c in checked.classes:
+                if c.dataset is not None:
+                    datasets.read(c.dataset)
             shard = Shard(setup, client)
-        except StoreError as e:
+        except (StoreError, ScenarioError) as e:
             _tell(Frame(kind="ready", failed=str(e)))
             return
         _tell(Frame(kind="ready", t_ns=now_ns()))

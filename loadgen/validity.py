@@ -11,7 +11,8 @@ from loadgen.balance import Balance, Tally, lingered, own_lateness_s, stalls_ins
 from loadgen.headroom import Share, rounded
 from loadgen.leg import Health, Leg, Window
 from loadgen.record import Outcome, RequestRecord
-from loadgen.scenario import Closed, Scenario
+from loadgen.scenario import Closed, Load, Scenario, Trace
+from loadgen.sources import shared_tok
 
 Measurement = Literal["VALID", "SUSPECT", "INVALID"]
 
@@ -46,6 +47,7 @@ TOKENS_OFF = 0.02  # what throughput and TPOT are known to, at best
 REUSED_SUSPECT = 0.05  # of the prompts' tokens, more than the scenario declares: a twentieth of …
 REUSED_INVALID = 0.10  # … a tenth of the prefill was not done, and TTFT and throughput flatter
 REUSED_TOK = 64  # a chat template's words, in whole blocks, are the same in every prompt
+REPEATED_SUSPECT = 0.05  # of the prompts, for the same reason
 REUSED_LITTLE = 0.5  # of what is declared: the cache is off, or too small for the load
 CLOCK_SUSPECT_S = 0.010  # a worker's clock against the master's: curves are joined by it
 VOID_INVALID = 0.5  # a leg that lost half of its sample to host stalls is no measurement
@@ -296,16 +298,23 @@ def _ours(tally: Tally) -> str:
 
 
 def reuse(mix: Scenario, records: Sequence[RequestRecord], hit_frac: float | None,
-          preemptions: float | None) -> list[Finding]:
-    """What the server's prefix cache held of the prompts, against what the scenario declares they
-    share. Prompts of later turns hold the earlier ones, and a request that was preempted finds its
-    own again: then there is nothing to hold it against."""
+          preemptions: float | None, load: Load | None = None) -> list[Finding]:
+    """What the server's prefix cache held of the prompts, against what the scenario, or the blocks
+    of a trace, declare they share. Prompts of later turns hold the earlier ones, prompts of a
+    dataset what they happen to share, and a request that was preempted finds its own again: then
+    there is nothing to hold it against."""
     sent = [r for r in records if r.first_ns is not None]
     prompt_tok = sum(r.prompt_tok or r.want_prompt_tok or 0 for r in sent)
-    if hit_frac is None or not prompt_tok or preemptions or any(r.turn for r in sent):
+    given = {c.name for c in mix.classes if c.dataset is not None}
+    if hit_frac is None or not prompt_tok or preemptions or any(
+            r.turn or r.cls in given for r in sent):
         return []
     shared = {c.name: c.shared_prefix.tokens for c in mix.classes if c.shared_prefix}
-    declared = sum(shared.get(r.cls, 0) for r in sent) / prompt_tok
+    if isinstance(load, Trace) and load.asked:
+        before_tok = shared_tok(load.asked)
+        declared = sum(before_tok[r.session] for r in sent) / prompt_tok
+    else:
+        declared = sum(shared.get(r.cls, 0) for r in sent) / prompt_tok
     over = hit_frac - declared - REUSED_TOK * len(sent) / prompt_tok
     if over > REUSED_SUSPECT:
         return [Finding(
@@ -320,6 +329,24 @@ def reuse(mix: Scenario, records: Sequence[RequestRecord], hit_frac: float | Non
             f"scenario shares {declared:.0%}",
             "switch prefix caching on; or its KV cache does not hold the prefixes at this load")]
     return []
+
+
+def repeats(mix: Scenario, records: Sequence[RequestRecord]) -> list[Finding]:
+    """Sessions of a class that were more than its dataset has entries: they were sent again.
+    `records`: all of the leg's."""
+    found = []
+    for c in mix.classes:
+        entries = c.dataset.entries if c.dataset is not None else None
+        sent = sum(r.cls == c.name and r.turn == 0 and r.outcome is not Outcome.DROPPED
+                   for r in records)
+        if entries is not None and sent - entries > REPEATED_SUSPECT * sent:
+            found.append(Finding(
+                "dataset-repeated", "SUSPECT",
+                f"{sent - entries} of {sent} prompts of class {c.name} were sent a second time or "
+                f"more: its dataset has {entries} entries. A prefix cache holds them then, and "
+                "TTFT and throughput flatter", "a larger file, fewer requests, or a server "
+                "without prefix caching"))
+    return found
 
 
 def _tokens(records: Sequence[RequestRecord]) -> list[Finding]:

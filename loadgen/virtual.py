@@ -19,6 +19,7 @@ from loadgen.judge import ServerSigns
 from loadgen.leg import Ending, Leg, Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Scenario, Slo
+from loadgen.sources import BLOCK_TOK as BLOCK_TOK_OF_TRACE
 from loadgen.store import Row
 from loadgen.supervise import HEAD_START_S, is_lost
 from loadgen.telemetry.signs import series, signs_of
@@ -33,6 +34,7 @@ START_S = 3.0  # what comes before the first leg: server, calibration, shards
 PAUSE_S = 0.1  # between legs
 DROP_PAUSE_S = 0.1  # before a slot goes on after a request that was refused at once
 LOOK_S = 0.5  # between samples of the server's counters, and looks at a leg that may be lost
+RECORDED = BLOCK_TOK_OF_TRACE // BLOCK_TOK  # the engine's blocks in one of a trace's
 NS = 1e9
 
 
@@ -51,6 +53,15 @@ class _Flight:
 
 def _tokens(flight: _Flight) -> int:
     return sum(b - a for a, b in flight.spans)
+
+
+def _blocks_of(text: str, n: int) -> list[int]:
+    """Hashes of a given prompt's n blocks, each of all the text up to it."""
+    found, known, each = [], 0, max(1, len(text) // max(1, n))
+    for i in range(n):
+        known = zlib.crc32(text[i * each:(i + 1) * each].encode(), known)
+        found.append(-(1 << 79) - (known << 20) - i)
+    return found
 
 
 class VirtualExecutor:
@@ -333,18 +344,26 @@ class _LegRun:
         sampling = self._classes[session.cls].sampling
         self._ready.append((self._front.take_in(due_s), Request(
             request_id, what.prompt_tok, what.output_tok, bool(sampling.ignore_eos),
-            sampling.min_tokens or 0, self._blocks(session, request_id, what.prompt_tok))))
+            sampling.min_tokens or 0,
+            self._blocks(session, record.turn, request_id, what.prompt_tok))))
 
-    def _blocks(self, session: plan.Session, request_id: int, prompt_tok: int) -> list[int]:
+    def _blocks(self, session: plan.Session, turn: int, request_id: int,
+                prompt_tok: int) -> list[int]:
         """Hashes of the prompt's blocks: a chat template's first, those of a shared prefix, and
         what nobody else has."""
         n = prompt_tok // BLOCK_TOK
         shared = self._classes[session.cls].shared_prefix
         common = 1 if self._scenario.endpoint == "chat" else 0
         blocks = [-1] * common
+        for ident in session.blocks:  # of a trace; other seeds have other texts
+            first = -((self.leg.seed + 1) << 80) - ident * RECORDED
+            blocks += range(first, first - RECORDED, -1)
         if shared is not None and session.prefix:
             first = zlib.crc32(f"{session.cls}/{session.prefix[0]}".encode()) << 20
             blocks += range(-2 - first - shared.tokens // BLOCK_TOK, -2 - first)
+        if (given := session.turns[turn].text) is not None:  # equal texts are equal blocks
+            said = "\n".join([*(text for _, text in session.turns[turn].before), given])
+            blocks += _blocks_of(said, n - len(blocks))
         own = request_id << 20
         blocks += range(own, own + max(0, n - len(blocks)))
         return blocks[:n]

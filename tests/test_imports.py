@@ -17,16 +17,18 @@ HOUSE = ("loadgen", "servers", "analysis")
 ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
-    "scenario": "config errors presets", "presets": "",
-    "prompts": "scenario texts",
+    "sources": "config", "datasets": "errors sources",
+    "scenario": "config datasets errors presets sources", "presets": "",
+    "prompts": "scenario sources texts",
     "leg": "scenario",
     "stages": "scenario",
-    "plan": "leg prompts scenario",
+    "plan": "datasets leg prompts scenario sources",
+    "traces": "datasets errors plan scenario sources",
     "openai": "scenario",
     "record": "bulk openai sse",
     "metrics": "record scenario",
     "balance": "leg metrics record scenario",
-    "validity": "balance headroom leg metrics record scenario",
+    "validity": "balance headroom leg metrics record scenario sources",
     "sequential": "", "settle": "",
     "judge": "balance headroom leg metrics record scenario sequential settle validity",
     "evidence": "judge leg metrics sequential",
@@ -44,7 +46,7 @@ ALLOWED = {
     "client": "connection dial flight net openai record scenario stamps target",
     "drive": "client flight leg metrics net openai plan prompts record scenario store",
     "child": "net",
-    "shard": "child client drive errors leg net prompts pulse scenario store target",
+    "shard": "child client datasets drive errors leg net prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
@@ -73,16 +75,15 @@ ALLOWED = {
     "board": "metrics record scenario",
     "exporter": "board child errors judge leg record scenario store supervise",
     "facts": "judge prompts scenario store target",
-    "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
+    "virtual": "judge leg metrics plan record scenario sources store supervise telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
     "runner": "calibrate errors exporter facts health judge leg prompts ramp record resume "
               "scenario store supervise sweep target telemetry.gpu telemetry.server "
-              "telemetry.signs unit view virtual watch",
+              "telemetry.signs traces unit view virtual watch",
     "campaign": "errors scenario store target",
-    "options": "dial errors scenario target",
-    "cli": "options calibration campaign doctor errors evidence exits judge leg ramp resume "
-           "runner scenario store target terminal view",
-    "datasets": "errors plan record scenario",
+    "options": "dial errors scenario sources target traces",
+    "cli": "options calibration campaign datasets doctor errors evidence exits judge leg ramp "
+           "resume runner scenario store target terminal view",
     "validate": "errors record scenario store",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
@@ -96,9 +97,9 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "sequential", "settle", "judge", "evidence", "exits", "pace", "ramp", "leg",
-        "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
-        "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
-        "hosts.tallies"}
+        "stages", "deadline", "plan", "sources", "datasets", "prompts", "scenario", "health",
+        "target", "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock",
+        "hosts.ledger", "hosts.tallies"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

@@ -30,7 +30,7 @@ from loadgen.fleet.run import RUNS, FleetRun, OnLeg, Prepared
 from loadgen.leg import Ending, Leg
 from loadgen.pulse import PROBE_S
 from loadgen.record import TROUBLE
-from loadgen.scenario import Closed, Load, Open, PerSecond
+from loadgen.scenario import Closed, Load, Open, PerSecond, Trace, TraceFile
 from loadgen.store import RunFolder
 from loadgen.supervise import Progress
 from servers.base import Server
@@ -133,9 +133,11 @@ class Lifecycle:
 
     def check(self, asked: options.Asked) -> None:
         """Whether these users can do that here. Raises ScenarioError."""
-        if asked.rate_rps is None and any(c.open_loop for c in self._users):
+        if (asked.rate_rps is None and any(c.open_loop for c in self._users)
+                and not isinstance(asked.scenario.load, Trace | TraceFile)):
             raise ScenarioError("these users are an open loop: say with --rate how many requests "
-                                "per second all of them are to send")
+                                "per second all of them are to send, or name a scenario whose "
+                                "load is a trace")
         if self.needs_fleet:
             raise ScenarioError("these users run on workers only: add --processes N, or start "
                                 "--master and --worker")

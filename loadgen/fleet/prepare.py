@@ -68,8 +68,8 @@ def prepare(asked: Asked, server: Server, target: Target,
     if answer.failed is not None:
         raise (ServerError if answer.unreachable else ScenarioError)(target.scrub(answer.failed))
     target = msgspec.structs.replace(target, model=answer.model)
-    return Prepared(asked.scenario, target, answer.ratios, Criteria(target=asked.target),
-                    seed), attendant
+    return Prepared(asked.scenario, target, answer.ratios, Criteria(target=asked.target), seed,
+                    answer.context_tok), attendant
 
 
 def folder_of(asked: Asked, nth: int) -> Path:

@@ -54,6 +54,7 @@ class Prepared(Struct, frozen=True):
     ratios: dict[str, Ratio]
     criteria: Criteria
     seed: int
+    context_tok: int | None = None  # that the server's context holds, if it says so
 
     def slo(self, cls: str) -> Slo:
         return self.scenario.slo_of(cls)
@@ -150,8 +151,10 @@ class OnLeg:
         of = mix.of(session.cls)
         turn = session.turns[0]
         text = plan.prompt(of, session, 0, seed, self._prepared.ratios[of.name])
-        body = openai.body(mix.endpoint, self._prepared.target.model, text, turn.output_tok, of)
-        return Planned(session.k, of.name, body, turn.prompt_tok, turn.output_tok,
+        body = openai.body(mix.endpoint, self._prepared.target.model, text, turn.output_tok, of,
+                           turn.before)
+        wanted = turn.prompt_tok if turn.text is None else None
+        return Planned(session.k, of.name, body, wanted, turn.output_tok,
                        session.due_s if session.due_s is not None else self._spread(session.k))
 
     def _spread(self, k: int) -> float | None:

@@ -10,7 +10,7 @@ import gevent
 import psutil
 from locust.env import Environment
 
-from loadgen import facts, view
+from loadgen import facts, traces, view
 from loadgen.attend import Ask
 from loadgen.errors import LoadgenError, ScenarioError
 from loadgen.fleet import options
@@ -24,7 +24,7 @@ from loadgen.leg import Leg, Window
 from loadgen.options import levels_of
 from loadgen.ramp import SweepPlan
 from loadgen.record import TROUBLE, RequestRecord
-from loadgen.scenario import Closed, Load, Open, PerSecond
+from loadgen.scenario import Closed, Load, Open, PerSecond, Trace, TraceFile
 from loadgen.store import RunFolder
 from loadgen.supervise import Progress
 from loadgen.sweep import SweepResult, run_one, sweep
@@ -179,6 +179,8 @@ class WideLifecycle(Lifecycle):
         assert self.test is not None
         rate, measure_s = self.asked.rate_rps, self._run_time_s
         users = max(1, self.environment.runner.target_user_count)  # type: ignore[union-attr]
+        if rate is None and any(c.open_loop for c in self._users):
+            return self._recorded(measure_s)
         load: Load = Closed(concurrency=users) if rate is None else Open(rate_rps=PerSecond(rate))
         warmup_s = 0.0
         if measure_s is not None:
@@ -188,6 +190,24 @@ class WideLifecycle(Lifecycle):
                    value=float(users) if rate is None else rate, phase="run", replicate=0,
                    seed=self.test.prepared.seed, load=load, warmup_s=warmup_s,
                    measure_s=measure_s)
+
+    def _recorded(self, measure_s: float | None) -> Leg:
+        """The scenario's trace, over the whole fleet; -t may end it sooner."""
+        prepared, load = self.asked, self.asked.scenario.load
+        assert self.test is not None
+        seed = self.test.prepared.seed
+        if isinstance(load, TraceFile):
+            too_long, load = load.too_long, traces.trace(load, seed)
+            if (most := self.test.prepared.context_tok) is not None:
+                load, n = traces.fitted(load, most, too_long)
+                if n:
+                    log.info("%d requests of the trace are longer than the server's context of %d "
+                             "tokens: %s", n, most, "cut" if too_long == "cut" else "left out")
+        assert isinstance(load, Trace), prepared.scenario.name
+        whole_s = load.due_s[-1] + 1.0
+        over_s = whole_s if measure_s is None else min(measure_s, whole_s)
+        return Leg(id="run", axis="rate", value=float(f"{len(load.due_s) / whole_s:.3g}"),
+                   phase="run", replicate=0, seed=seed, load=load, warmup_s=0.0, measure_s=over_s)
 
     # ---------------------------------------------------------------------------------- after it
 

@@ -121,7 +121,8 @@ def digest(mix: Scenario, seed: int, ratios: Mapping[str, Ratio]) -> str:
 
 
 def scenario_hash(mix: Scenario) -> str:
-    return _hash(scenario.to_plain(mix))
+    """Of its files what is in them, not where they are."""
+    return _hash(scenario.placeless(scenario.to_plain(mix)))
 
 
 def _hash(plain: Any) -> str:
