@@ -66,8 +66,13 @@ def run_sweep(session: Session, plan: SweepPlan, view: View,
         view.say(f"{before.folder.path}: the search was over already")
         return ended
     if isinstance(session.server, VirtualSim):
-        return _virtual(session, session.server, view, lambda executor: sweep(
-            plan, session.scenario, executor, view.judged, lambda: executor.now_s), plan, before)
+        async def stepped(executor: _Kept) -> SweepResult:
+            found = await sweep(plan, session.scenario, executor, view.judged,
+                                lambda: executor.now_s)
+            if not unit_step:
+                return found
+            return await unit.search(plan, found, session.scenario, executor, view.judged)
+        return _virtual(session, session.server, view, stepped, plan, before)
 
     async def body(executor: "_Executor") -> SweepResult:
         clock = Clock(executor.folder.legs_journal(), before)

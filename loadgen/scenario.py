@@ -201,6 +201,18 @@ class Scenario(_Frozen, frozen=True):
                         for c in self.classes)
         return msgspec.structs.replace(self, slo=merge_slo(self.slo, override), classes=classes)
 
+    def with_lengths(self, prompt_tok: int | None, output_tok: int | None) -> "Scenario":
+        """The same mix with other lengths in all classes; None leaves them. Raises ScenarioError.
+        """
+        change = {**({"prompt_tok": prompt_tok} if prompt_tok else {}),
+                  **({"output_tok": output_tok} if output_tok else {})}
+        for c in self.classes:
+            if prompt_tok and c.shared_prefix and c.shared_prefix.tokens >= prompt_tok:
+                raise ScenarioError(f"prompts of {prompt_tok} tokens: class {c.name} has a shared "
+                                    f"prefix of {c.shared_prefix.tokens}; ask for more than that")
+        return msgspec.structs.replace(self, classes=tuple(
+            msgspec.structs.replace(c, **change) for c in self.classes))
+
 
 def merge_slo(base: Slo, over: Slo) -> Slo:
     return Slo(ttft_s=over.ttft_s or base.ttft_s, tpot_s=over.tpot_s or base.tpot_s,

@@ -76,16 +76,18 @@ ALLOWED = {
     "runner": "calibrate errors facts health judge leg prompts ramp record resume scenario store "
               "supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "
               "virtual watch",
-    "campaign": "errors scenario store target",
+    "campaign": "errors scenario",
+    "cells": "campaign errors scenario store target",
     "options": "dial errors scenario target",
-    "cli": "options calibration campaign doctor errors evidence exits judge leg ramp resume "
+    "cli": "options calibration campaign cells doctor errors evidence exits judge leg ramp resume "
            "runner scenario store target terminal view",
     "datasets": "errors plan record scenario",
     "validate": "errors record scenario store",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
-                "scenario", "telemetry.signs", "errors", "exits", "headroom", "terminal", "unit"}
+                "scenario", "telemetry.signs", "errors", "exits", "headroom", "terminal", "unit",
+                "campaign", "cells"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",

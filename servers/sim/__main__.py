@@ -99,6 +99,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    "a real server, by `python -m servers.sim.fit RUN`")
     p.add_argument("--tensor-parallel-size", "-tp", type=_number(int, 1, 64), default=1)
     p.add_argument("--gpu-memory-utilization", type=_number(float, 0.01, 1), default=0.92)
+    p.add_argument("--dtype", choices=("auto", "half", "float16", "bfloat16"), default="auto",
+                   help="all of two bytes: here they are one")
     p.add_argument("--max-model-len", type=_number(int, 1, 10**7))
     p.add_argument("--max-num-seqs", type=_number(int, 1, 10**5))
     p.add_argument("--max-num-batched-tokens", type=_number(int, 1, 10**6))
