@@ -11,7 +11,7 @@ from analysis.matrix import PLUS_MINUS, Table
 
 COLOURS = [theme.BLUE, "#e69f00", theme.SAFE, "#cc79a7", theme.LIGHT_BLUE, "#c4500a", "#6b6b6b"]
 STABLE = {"yes": theme.SAFE, "near the limit": "#b58900", "no": theme.UNSAFE,
-          "unknown": theme.UNRESOLVED}
+          "too few": theme.LIGHT_BLUE, "unknown": theme.UNRESOLVED}
 
 
 def of(table: Table) -> list[Chart]:

@@ -17,6 +17,7 @@ from analysis.matrix import (
     frame_of,
     grouped,
     interval,
+    per_value,
     ran,
     spread,
     why_not,
@@ -30,12 +31,14 @@ STABLE = (
     "the SLO, with 95 % confidence; nothing was preempted, the KV cache stayed below 90 %, and the "
     "measurement is valid. “no”: the server died, or the same requests refute the target, or the "
     "server was in distress (more than 1 % preempted, or the cache above 95 % in more than 5 % of "
-    "the samples). “near the limit”: neither, with the reason. ± is half of Student's 95 % "
+    "the samples). “near the limit”: neither, with the reason. "
+    "“too few”: nothing speaks against it, but even if every request had been good, so few of them "
+    "would not show 95 %. ± is half of Student's 95 % "
     "interval over the repeats.")
 
 
 class Stability(Struct, frozen=True):
-    answer: str  # yes, near the limit, no, unknown
+    answer: str  # yes, near the limit, no, too few, unknown
     why: str = ""
 
 
@@ -63,6 +66,8 @@ def stability(own: Iterable[Measured]) -> Stability:
     kv = max((m.row["kv_max_frac"] for m in there if pd.notna(m.row["kv_max_frac"])), default=0.0)
     if kv >= KV_NEAR:
         return Stability("near the limit", f"KV cache {100 * kv:.0f} % full")
+    if metrics.lower_bound(n, n, criteria.confidence) < criteria.target:
+        return Stability("too few", f"{share}, and were all good that would prove nothing yet")
     if metrics.lower_bound(good, n, criteria.confidence) < criteria.target:
         return Stability("near the limit", share)
     rising = next((j for j in usable if j.rises is not None), None)
@@ -73,8 +78,7 @@ def stability(own: Iterable[Measured]) -> Stability:
 
 def concurrency(matrix: Matrix) -> Table:
     rows = []
-    for (server, load), own in grouped(matrix.of("concurrency"),
-                                       lambda m: (m.server.name, m.done.cell.load)):
+    for (server, load), own in per_value(matrix.of("concurrency"), lambda m: m.done.cell.load):
         there = ran(own)
         rows.append({
             "server": server, "concurrency": load,
@@ -92,8 +96,7 @@ def concurrency(matrix: Matrix) -> Table:
 def users(matrix: Matrix) -> Table:
     """As Locust's own table of a load by users, but with what it lacks."""
     rows = []
-    for (server, load), own in grouped(matrix.of("users"),
-                                       lambda m: (m.server.name, m.done.cell.load)):
+    for (server, load), own in per_value(matrix.of("users"), lambda m: m.done.cell.load):
         there = ran(own)
         n, errors = sum(_column(there, "n")), sum(_column(there, "errors"))
         rows.append({
@@ -135,7 +138,7 @@ def _survived(own: list[Measured]) -> dict[str, Any]:
     survived = min((b.survived for b in found if b.survived is not None), default=None)
     died = next((m.died for m in searches if m.died), None)
     return {"largest concurrency": survived, "dies at": fatal,
-            "of what": died or "of nothing that was tried"}
+            "died of": died or "nothing: more was not tried"}
 
 
 def cost(matrix: Matrix) -> Table:
@@ -202,8 +205,7 @@ def safe(matrix: Matrix) -> Table:
 
 def throttled(matrix: Matrix) -> Table:
     rows = []
-    for (server, load), own in grouped(matrix.of("throttled"),
-                                       lambda m: (m.server.name, m.done.cell.load)):
+    for (server, load), own in per_value(matrix.of("throttled"), lambda m: m.done.cell.load):
         there, outcomes = ran(own), Counter[str]()
         for m in there:
             outcomes.update(m.sample["outcome"])

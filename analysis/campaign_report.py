@@ -33,8 +33,10 @@ TABLES: dict[TableName, Callable[[Matrix], Table]] = {  # in the order of the re
     "longest_output": campaign_tables.longest_output, "structured": campaign_answers.structured,
     "retention": campaign_answers.retention, "features": campaign_answers.features,
     "throttled": campaign_load.throttled}
-LABEL = "simulated: "
-TEXT_COLUMNS = frozenset({"note", "options", "why it ended", "of what"})
+SIMULATED = ("Simulated: figures of the embedded simulator, not of hardware. It has no noise of "
+             "its own, so that an interval over repeats shows only the chance of lengths and "
+             "arrivals.")
+TEXT_COLUMNS = frozenset({"note", "options", "why it ended", "died of"})
 TONES = {"yes": "safe", "no": "unsafe", "near": "suspect"}
 
 
@@ -68,7 +70,7 @@ def of(found: Matrix) -> list[Table]:
 
 
 def title(found: Matrix, t: Table) -> str:
-    return f"{t.title} ({LABEL.rstrip(': ')})" if found.simulated else t.title
+    return f"{t.title} (simulated)" if found.simulated else t.title
 
 
 def shown(t: Table) -> tuple[list[str], list[list[str]]]:
@@ -104,8 +106,8 @@ def _number(value: float, digits: int = 3) -> str:
 
 def markdown(found: Matrix, tables: list[Table], said: list[str]) -> str:
     lines = [f"# {found.campaign.name}{' (simulated)' if found.simulated else ''}", ""]
-    if found.campaign.description:
-        lines += [found.campaign.description, ""]
+    for text in (found.campaign.description, SIMULATED if found.simulated else ""):
+        lines += [text, ""] if text else []
     for t in tables:
         heads, rows = shown(t)
         lines += [f"## {title(found, t)}", "", f"| {' | '.join(heads)} |",
@@ -141,6 +143,7 @@ def _head(found: Matrix, said: list[str]) -> Iterator[str]:
     text = "".join(f"<p>{escape(x[0].upper() + x[1:])}</p>" for x in rest if x)
     yield (f'<section class="verdict unresolved">{mark}<h1>{escape(headline)}</h1>{text}'
            "</section>")
+    yield f'<p class="muted">{escape(SIMULATED)}</p>' if found.simulated else ""
 
 
 def _section(found: Matrix, t: Table, drawn: list[charts.Chart]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from analysis.matrix import (
     frame_of,
     grouped,
     interval,
+    per_value,
     ran,
     spread,
     why_not,
@@ -51,8 +52,9 @@ def ttft(matrix: Matrix) -> Table:
     for server, own in by_server(matrix.of("ttft")):
         values = _all(own, "ttft_s")
         row: dict[str, Any] = {
-            "server": server, **spread("mean, ms", [_ms(m.sample["ttft_s"].mean())
-                                                    for m in ran(own)]),
+            "server": server, **spread("mean, ms", [
+                _ms(_all(part, "ttft_s").mean()) for _, part in grouped(
+                    ran(own), lambda m: m.done.cell.repeat)]),  # of all tasks together
             "min, ms": _ms(values.min()), "max, ms": _ms(values.max()),
             "p50, ms": _quantile_ms(values, 0.5), "p99, ms": _quantile_ms(values, 0.99)}
         rows.append(row | _counts(own))
@@ -87,8 +89,7 @@ def memory(matrix: Matrix) -> Table:
 
 def long_text(matrix: Matrix) -> Table:
     rows = []
-    for (server, tok), own in grouped(matrix.of("long_text"),
-                                      lambda m: (m.server.name, _prompt_tok(m))):
+    for (server, tok), own in per_value(matrix.of("long_text"), _prompt_tok):
         rows.append({
             "server": server, "input, tokens": tok,
             **spread("speed, tok/s", [_decode_tok_s(m) for m in ran(own)]),
@@ -112,8 +113,7 @@ def longest_context(matrix: Matrix) -> Table:
 
 def document(matrix: Matrix) -> Table:
     rows = []
-    for (server, tok), own in grouped(matrix.of("document"),
-                                      lambda m: (m.server.name, _prompt_tok(m))):
+    for (server, tok), own in per_value(matrix.of("document"), _prompt_tok):
         rows.append({
             "server": server, "input, tokens": tok,
             **spread("first token, s", [m.answers["ttft_s"].mean() for m in ran(own)]),
@@ -124,8 +124,7 @@ def document(matrix: Matrix) -> Table:
 
 def input_length(matrix: Matrix) -> Table:
     rows = []
-    for (server, tok), own in grouped(matrix.of("input_length"),
-                                      lambda m: (m.server.name, m.done.cell.prompt_tok)):
+    for (server, tok), own in per_value(matrix.of("input_length"), _prompt_tok):
         gap = _all(own, "itl_max_s").max()
         rows.append({
             "server": server, "input, tokens": tok,
@@ -159,8 +158,7 @@ def longest_output(matrix: Matrix) -> Table:
 def tasks(matrix: Matrix) -> Table:
     """One row per server and task, whatever it is."""
     rows = []
-    for (server, task), own in grouped(matrix.of("tasks"),
-                                       lambda m: (m.server.name, m.work.name)):
+    for (server, task), own in per_value(matrix.of("tasks"), lambda m: m.work.name):
         there = ran(own)
         good, n = sum(m.row["good"] for m in there), sum(m.row["n"] for m in there)
         rows.append({
@@ -228,7 +226,7 @@ def _succeeded(own: list[Measured]) -> str:
 def _counts(own: list[Measured]) -> dict[str, Any]:
     there = ran(own)
     return {"answers": sum(len(m.answers) for m in there) or None,
-            "repeats": len(there) or None, "note": why_not(own)}
+            "repeats": len({m.done.cell.repeat for m in there}) or None, "note": why_not(own)}
 
 
 def _all(own: list[Measured], column: str) -> "pd.Series[float]":

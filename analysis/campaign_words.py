@@ -3,14 +3,15 @@ them."""
 
 from collections.abc import Iterator
 
+from analysis import campaign_tables
 from analysis.campaign_load import best_load, stability
 from analysis.matrix import Matrix, Measured, by_server, grouped, interval, ran, why_not
 from analysis.steps import duration
 
 
 def sentences(matrix: Matrix) -> list[str]:
-    found = [*_cheapest(matrix), *_deploy(matrix), *_limits(matrix), *_safe(matrix),
-             *_refused(matrix)]
+    found = [*_cheapest(matrix), *_safe(matrix), *_deploy(matrix), *_limits(matrix),
+             *_fastest(matrix), *_refused(matrix)]
     if not found:
         found = ["No load was tried in this campaign, so that nothing can be said of how much a "
                  "server holds: the tables stand for themselves."]
@@ -102,6 +103,18 @@ def _cheapest(matrix: Matrix) -> Iterator[str]:
            + ", ".join(f"{s} {p:.2f}" for p, s, _, _ in found[1:4]) + ")."
            + (f" Where one answer must come soonest, deploy {quick[1]}: {duration(quick[3])} "
               f"alone, {server} {duration(alone_s)}." if quick and quick[1] != server else ""))
+
+
+def _fastest(matrix: Matrix) -> Iterator[str]:
+    """Of one answer alone, over the tasks."""
+    if not matrix.of("speed"):
+        return
+    f = campaign_tables.speed(matrix).frame
+    if "mean, tok/s" not in f or f["mean, tok/s"].notna().sum() < 2:
+        return
+    f = f.dropna(subset=["mean, tok/s"]).sort_values("mean, tok/s", ascending=False)
+    told = [f"{s} {x:.1f} tok/s" for s, x in zip(f["server"], f["mean, tok/s"], strict=True)]
+    yield f"Fastest at writing one answer, over the tasks: {told[0]}; then {', '.join(told[1:4])}."
 
 
 def _refused(matrix: Matrix) -> Iterator[str]:

@@ -129,13 +129,21 @@ def by_server(found: Sequence[Measured]) -> list[tuple[str, list[Measured]]]:
     return grouped(found, lambda m: m.server.name)
 
 
+def per_value(found: Sequence[Measured], value: Callable[[Measured], Any],
+              ) -> list[tuple[tuple[str, Any], list[Measured]]]:
+    """By server and a value; a server of which nothing ran has one row, not one per value."""
+    live = {m.server.name for m in found if m.run is not None}
+    return grouped(found, lambda m: (m.server.name, value(m) if m.server.name in live else None))
+
+
 def ran(group: Iterable[Measured]) -> list[Measured]:
     return [m for m in group if m.run is not None]
 
 
 def frame_of(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
-    """Columns that nobody has a value for are left out, but for the first."""
+    """Columns that nobody has a value for are left out, but for the first; notes stand last."""
     found = pd.DataFrame(rows)
+    found = found[[*(c for c in found if c != "note"), *(c for c in found if c == "note")]]
     empty = [c for c in found.columns[1:] if found[c].isna().all() or (found[c] == "").all()]
     return found.drop(columns=empty)
 

@@ -260,7 +260,8 @@ _KV = re.compile(r"([\d.]+) GiB KV cache is needed, which is larger than the ava
                  r"memory \(([\d.]+) GiB\).*?maximum model length is (\d+)", re.DOTALL)
 _FULL = re.compile(r"not enough GPU memory|No available memory for the cache blocks|"
                    r"less than desired GPU memory utilization|"
-                   r"KV cache is needed, which is larger|CUDA out of memory")
+                   r"KV cache is needed, which is larger|CUDA out of memory|"
+                   r"must be divisible by tensor parallel size")
 
 
 def refusal_of(says: str) -> Refusal | None:
@@ -270,7 +271,7 @@ def refusal_of(says: str) -> Refusal | None:
 
 
 def is_full(says: str) -> bool:
-    """The model itself, or what it works with, does not fit."""
+    """The model itself, or what it works with, does not fit, or cannot be split so."""
     return _FULL.search(says) is not None
 
 

@@ -42,8 +42,8 @@ wire = true
 repeats = 1
 """
 NO_ROOM = ("the simulated vLLM refuses to start: To serve at least one request with the model's "
-           "max seq len (131072), 7.00 GiB KV cache is needed, which is larger than the available KV "
-           "cache memory (6.43 GiB). Based on the available memory, the estimated maximum model "
+           "max seq len (131072), 7.00 GiB KV cache is needed, which is larger than the available "
+           "KV cache memory (6.43 GiB). Based on the available memory, the estimated maximum model "
            "length is 120336. Try increasing `gpu_memory_utilization`")
 
 

@@ -158,7 +158,8 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 
 def _key(name: str) -> str:
     """`Qwen/Qwen2.5-7B-Instruct` or `RTX-4090D` as the tables have it."""
-    key = name.rsplit("/", 1)[-1].lower().removeprefix("meta-").removesuffix("-instruct")
+    key = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    key = key.removesuffix("-instruct").removesuffix("-chat")
     return key.removeprefix("rtx").lstrip("-_ ")
 
 
