@@ -17,11 +17,13 @@ HOUSE = ("loadgen", "servers", "analysis")
 ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
-    "scenario": "config errors presets", "presets": "",
-    "prompts": "scenario texts",
+    "expect": "", "repeats": "", "code": "", "schema": "",
+    "scenario": "config errors expect presets", "presets": "",
+    "tasks": "expect scenario texts",
+    "prompts": "scenario tasks texts",
     "leg": "scenario",
     "stages": "scenario",
-    "plan": "leg prompts scenario",
+    "plan": "leg prompts scenario tasks",
     "openai": "scenario",
     "record": "bulk openai sse",
     "metrics": "record scenario",
@@ -81,7 +83,7 @@ ALLOWED = {
     "cli": "options calibration campaign doctor errors evidence exits judge leg ramp resume "
            "runner scenario store target view",
     "datasets": "errors plan record scenario",
-    "validate": "errors record scenario store",
+    "validate": "code expect openai repeats schema",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
@@ -94,6 +96,7 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "sequential", "settle", "judge", "evidence", "exits", "pace", "ramp", "leg",
         "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
+        "expect", "tasks", "validate", "repeats", "code", "schema",
         "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
         "hosts.tallies"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",

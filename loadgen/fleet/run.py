@@ -150,7 +150,8 @@ class OnLeg:
         of = mix.of(session.cls)
         turn = session.turns[0]
         text = plan.prompt(of, session, 0, seed, self._prepared.ratios[of.name])
-        body = openai.body(mix.endpoint, self._prepared.target.model, text, turn.output_tok, of)
+        body = openai.body(mix.endpoint, self._prepared.target.model, text, turn.output_tok, of,
+                           plan.wire(of, session, 0, seed))
         return Planned(session.k, of.name, body, turn.prompt_tok, turn.output_tok,
                        session.due_s if session.due_s is not None else self._spread(session.k))
 
