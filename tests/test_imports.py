@@ -42,11 +42,13 @@ ALLOWED = {
     "pulse": "leg metrics",
     "net": "", "stamps": "", "dial": "target",
     "connection": "dial net stamps",
-    "flight": "connection deadline net record scenario stamps target",
-    "client": "connection dial flight net openai record scenario stamps target",
+    "outputs": "openai record scenario store",
+    "answers": "expect leg outputs plan prompts record scenario store tasks validate",
+    "flight": "connection deadline net outputs record scenario stamps target",
+    "client": "connection dial flight net openai outputs record scenario stamps target",
     "drive": "client flight leg metrics net openai plan prompts record scenario store",
     "child": "net",
-    "shard": "child client drive errors leg net prompts pulse scenario store target",
+    "shard": "child client drive errors leg net outputs prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
@@ -75,8 +77,8 @@ ALLOWED = {
     "facts": "judge prompts scenario store target",
     "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
-    "runner": "calibrate errors facts health judge leg prompts ramp record resume scenario store "
-              "supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "
+    "runner": "answers calibrate errors facts health judge leg prompts ramp record resume scenario "
+              "store supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "
               "virtual watch",
     "campaign": "errors scenario store target",
     "options": "dial errors scenario target",
@@ -87,7 +89,7 @@ ALLOWED = {
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
-                "scenario", "telemetry.signs", "errors", "exits", "headroom", "unit"}
+                "scenario", "telemetry.signs", "errors", "exits", "headroom", "unit", "answers"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",
