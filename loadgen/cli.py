@@ -355,7 +355,7 @@ def scenarios(name: str | None) -> None:
         click.echo(scenario.find(name).read_text(encoding="utf-8"), nl=False)
         return
     for path in sorted(scenario.SHIPPED.glob("*.toml")):
-        click.echo(f"{path.stem:10} {scenario.load(str(path)).description}")
+        click.echo(f"{path.stem:13} {scenario.load(str(path)).description}")
 
 
 @main.command()

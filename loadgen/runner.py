@@ -61,6 +61,8 @@ def run_sweep(session: Session, plan: SweepPlan, view: View,
               unit_step: bool = False, before: Stopped | None = None) -> SweepResult:
     """Drives the search to its stop; everything is in the run folder when this returns. `before`:
     what of it was done already."""
+    if before is not None:
+        answers.complete(before.folder)  # it may have been killed before it had checked all
     if before is not None and not unit_step and (
             ended := _nothing_left(session, plan, before)) is not None:
         view.say(f"{before.folder.path}: the search was over already")

@@ -312,7 +312,17 @@ class RunFolder:
         torn = self.torn
         found = [self._decode(line, _decode_verdict) for line, _ in self.lines(path, 0)]
         self.torn = torn  # one that is lost is made again
-        return {v.ref: v for v in found if v is not None}
+        apart = self.apart()
+        return {v.ref: self._placed(v, apart) for v in found if v is not None}
+
+    @staticmethod
+    def _placed(verdict: Verdict, apart: Apart) -> Verdict:
+        """Of a leg that was cut and repeated, the verdicts of the first try stand apart."""
+        if not apart.resumed:
+            return verdict
+        name, _, at = verdict.ref.rpartition(":")
+        leg, _ = apart.of(name, int(at) if at.isdigit() else 0, verdict.leg)
+        return msgspec.structs.replace(verdict, leg=leg)
 
     def headers(self) -> list[Header]:
         """The record journals' first lines, in the order of shards."""

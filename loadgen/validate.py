@@ -83,7 +83,7 @@ def facts(wanted: expect.Facts, asked: Asked, came: Came) -> Finding:
         return Finding(True, None, "the prompt was too short for a figure")
     said = set(re.findall(r"\d+", re.sub(r"(?<=\d)[,，_'\u00a0\u202f ](?=\d{3}(?!\d))", "",
                                          _half_width(came.answer.text))))
-    lost = [x for x in asked.facts if x not in said]
+    lost = [f"no. {i} ({x})" for i, x in enumerate(asked.facts, 1) if x not in said]
     found = len(asked.facts) - len(lost)
     says = f"{found} of {len(asked.facts)} planted figures"
     if found >= wanted.share * len(asked.facts):
@@ -178,14 +178,16 @@ _CHECKS: dict[type, Callable[[Any, Asked, Came], Finding]] = {
 
 
 _KNOWN = "Chinese, English and French"
+_FOREIGN = 0.2  # of a text may be names and terms of another script
 _SURE = 0.05  # of a text's words are small ones of its language; noise has fewer
 
 
 def language(text: str) -> str | None:
     """en, zh or fr: by its script, and where that is Latin by small words. None: none of them."""
     chinese, latin = len(_CHINESE.findall(text)), len(_LATIN.findall(text))
-    if chinese * 3 > latin:  # a Chinese character says as much as three letters
-        return "zh" if chinese * 2 >= latin / 3 and chinese else None
+    share = 3 * chinese / max(3 * chinese + latin, 1)  # a character says as much as three letters
+    if share > _FOREIGN:
+        return "zh" if share >= 1 - _FOREIGN else None
     words = [w.lower() for w in _WORD.findall(text) if not _CHINESE.match(w)]
     if not words:
         return None

@@ -78,8 +78,8 @@ ALLOWED = {
     "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
     "runner": "answers calibrate errors facts health judge leg prompts ramp record resume scenario "
-              "store supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "
-              "virtual watch",
+              "store supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit "
+              "view virtual watch",
     "campaign": "errors scenario store target",
     "options": "dial errors scenario target",
     "cli": "options calibration campaign doctor errors evidence exits judge leg ramp resume "

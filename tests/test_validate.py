@@ -70,7 +70,7 @@ def test_a_share_of_the_figures_may_be_enough_and_lost_ones_are_named() -> None:
         None, "4 of 5 planted figures")
     kind, says = finds(expect.Facts(share=0.8), "11111 22222 33333", asked, finish_reason="length")
     assert kind == "forgot a fact"
-    assert "44444, 55555" in says
+    assert "lost: no. 4 (44444), no. 5 (55555)" in says
     assert says.endswith("max_tokens cut it off")
     assert finds(expect.Facts(), "anything")[0] is None  # none was planted
 
@@ -235,6 +235,8 @@ def of(source: str, *languages: str) -> Asked:
     (of(EN, "en", "zh"), EN, "copied the source"),
     (of(ZH, "zh", "en"), ZH[:100] + EN[:60], "copied the source"),
     (of(ZH, "zh", "en"), FR, "wrong language"),
+    (of(EN, "en", "zh"), "张伟 uses the PyTorch 框架。" * 12, "wrong language"),
+    (of(EN, "en", "zh"), ZH + "（见 Bluefin 系统）", None),
     (of(ZH, "zh", "fr"), EN, "wrong language"),
     (of(EN, "en", "zh"), FR, "wrong language"),
     (of(ZH, "zh", "en"), "zxq vbn qwe rty plk mnb " * 20, "wrong language"),
