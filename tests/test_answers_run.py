@@ -67,7 +67,7 @@ def test_a_sweep_judges_each_level_by_its_answers_too(tmp_path: Path) -> None:
     judged = frame.load(tmp_path / "r").judgements
     assert sum(j.misses.get("answer", 0) for j in judged) > 10
     assert all(j.good <= j.n - j.misses.get("answer", 0) for j in judged)
-    assert cli.INVALID == said.code or "an answer that is not valid" in said.out
+    assert said.code == cli.INVALID or "an answer that is not valid" in said.out
 
 
 def test_locusts_users_answers_are_checked_when_the_report_is_made(tmp_path: Path) -> None:
