@@ -354,7 +354,7 @@ def scenarios(name: str | None) -> None:
         click.echo(scenario.find(name).read_text(encoding="utf-8"), nl=False)
         return
     for path in sorted(scenario.SHIPPED.glob("*.toml")):
-        click.echo(f"{path.stem:10} {scenario.load(str(path)).description}")
+        click.echo(f"{path.stem:13} {scenario.load(str(path)).description}")
 
 
 @main.command()
@@ -500,7 +500,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     from loadgen.terminal import plain_console  # noqa: PLC0415
 
     try:
-        from analysis import deaths, gpus, summary, words  # noqa: PLC0415
+        from analysis import checked, deaths, gpus, summary, words  # noqa: PLC0415
 
         finished = summary.finish(folder, slo, report=html)
     except ModuleNotFoundError as e:
@@ -515,7 +515,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
-    for said in (deaths.sentence(finished), gpus.sentence(finished)):
+    for said in (checked.says(finished), deaths.sentence(finished), gpus.sentence(finished)):
         if said:
             console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:

@@ -288,8 +288,8 @@ class LegRun:
         texts = [plan.prompt(cls, planned, turn, self.leg.seed, work.ratios[cls.name])
                  for turn in range(len(planned.turns))]
         return [openai.body(work.scenario.endpoint, work.client.target.model, text,
-                            what.output_tok, cls)
-                for text, what in zip(texts, planned.turns, strict=True)]
+                            what.output_tok, cls, plan.wire(cls, planned, turn, self.leg.seed))
+                for turn, (text, what) in enumerate(zip(texts, planned.turns, strict=True))]
 
     def _count(self, record: RequestRecord) -> None:
         self.work.journal.append(record)

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from msgspec import Struct
 
+from loadgen import tasks
 from loadgen.leg import Leg
 from loadgen.prompts import Ratio, build
 from loadgen.scenario import (
@@ -29,8 +30,10 @@ from loadgen.scenario import (
     Trace,
     Uniform,
 )
+from loadgen.tasks import Task
 
 ARRIVALS, MIX, LENGTHS, PROMPTS, CALIBRATION = range(5)  # streams of randomness
+TASKS: Final = 9
 _BLOCK: Final = 1024  # gaps drawn at once
 
 
@@ -147,9 +150,23 @@ def prompt(cls: RequestClass, planned: Session, turn: int, seed: int, ratio: Rat
     what = planned.turns[turn]
     if what.text is not None:
         return what.text
+    asked = task(cls, what.prompt_tok, seed, planned.k, turn)
     rng = stream(seed, PROMPTS, planned.k * 64 + turn)
     return build(cls, what.prompt_tok, ratio, rng, nonce(seed, planned.k, turn),
-                 planned.prefix or None)
+                 planned.prefix or None, asked)
+
+
+def task(cls: RequestClass, prompt_tok: int, seed: int, k: int, turn: int) -> Task | None:
+    """What turn `turn` of session k asks for, where that can be checked; drawn from a stream of
+    its own, so that who checks an answer draws the same again."""
+    return tasks.draw(cls, prompt_tok, stream(seed, TASKS, k * 64 + turn))
+
+
+def wire(cls: RequestClass, planned: Session, turn: int, seed: int) -> dict[str, Any]:
+    """What the body of a turn says beside its prompt: tools, a forced form."""
+    if cls.kind != "tools" and cls.response_format is None:
+        return {}
+    return tasks.wire(cls, task(cls, planned.turns[turn].prompt_tok, seed, planned.k, turn))
 
 
 def nonce(seed: int, k: int, turn: int) -> str:

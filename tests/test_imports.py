@@ -17,11 +17,13 @@ HOUSE = ("loadgen", "servers", "analysis")
 ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
-    "scenario": "config errors presets", "presets": "",
-    "prompts": "scenario texts",
+    "expect": "", "repeats": "", "code": "", "schema": "",
+    "scenario": "config errors expect presets", "presets": "",
+    "tasks": "expect scenario texts",
+    "prompts": "scenario tasks texts",
     "leg": "scenario",
     "stages": "scenario",
-    "plan": "leg prompts scenario",
+    "plan": "leg prompts scenario tasks",
     "openai": "scenario",
     "record": "bulk openai sse",
     "metrics": "record scenario",
@@ -40,11 +42,13 @@ ALLOWED = {
     "pulse": "leg metrics",
     "net": "", "stamps": "", "dial": "target",
     "connection": "dial net stamps",
-    "flight": "connection deadline net record scenario stamps target",
-    "client": "connection dial flight net openai record scenario stamps target",
+    "outputs": "openai record scenario store",
+    "answers": "expect leg outputs plan prompts record scenario store tasks validate",
+    "flight": "connection deadline net outputs record scenario stamps target",
+    "client": "connection dial flight net openai outputs record scenario stamps target",
     "drive": "client flight leg metrics net openai plan prompts record scenario store",
     "child": "net",
-    "shard": "child client drive errors leg net prompts pulse scenario store target",
+    "shard": "child client drive errors leg net outputs prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
@@ -73,21 +77,21 @@ ALLOWED = {
     "facts": "judge prompts scenario store target",
     "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
-    "runner": "calibrate errors facts health judge leg prompts ramp record resume scenario store "
-              "supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "
-              "virtual watch",
+    "runner": "answers calibrate errors facts health judge leg prompts ramp record resume scenario "
+              "store supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit "
+              "view virtual watch",
     "campaign": "errors scenario",
     "cells": "campaign errors scenario store target",
     "options": "dial errors scenario target",
     "cli": "options calibration campaign cells doctor errors evidence exits judge leg ramp resume "
            "runner scenario store target terminal view",
     "datasets": "errors plan record scenario",
-    "validate": "errors record scenario store",
+    "validate": "code expect openai repeats schema",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
                 "scenario", "telemetry.signs", "errors", "exits", "headroom", "terminal", "unit",
-                "campaign", "cells"}
+                "campaign", "cells", "answers"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",
@@ -96,6 +100,7 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "sequential", "settle", "judge", "evidence", "exits", "pace", "ramp", "leg",
         "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
+        "expect", "tasks", "validate", "repeats", "code", "schema",
         "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
         "hosts.tallies"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
