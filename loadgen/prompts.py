@@ -16,6 +16,7 @@ import numpy as np
 from msgspec import Struct
 
 from loadgen import texts
+from loadgen.dialogue import Line
 from loadgen.scenario import RequestClass
 
 NONCE_MAX_CHARS = 9  # in brackets and with a space 12: inside the first 16 tokens of any tokenizer
@@ -26,6 +27,7 @@ _GUESS_CHARS_PER_TOK = {
     ("chat", "en"): 4.3, ("chat", "zh"): 1.5, ("chat", "mixed"): 2.8,
     ("code", "en"): 3.2, ("code", "zh"): 2.8, ("code", "mixed"): 3.0,
     ("json", "en"): 2.7, ("json", "zh"): 1.9, ("json", "mixed"): 2.3,
+    ("dialogue", "en"): 4.3, ("dialogue", "zh"): 1.5, ("dialogue", "mixed"): 2.9,
 }  # fmt: skip
 _MIN_SPREAD = 0.1  # lengths must differ by this share of their mean to tell slope from overhead
 
@@ -35,7 +37,7 @@ _TITLES = 32
 _EPOCH_S = 1_750_000_000  # where the time stamps of log lines begin
 _SALT = 0x5EED  # of the streams that are the same in every process
 
-Kind = Literal["summary", "code", "json", "chat"]
+Kind = Literal["summary", "code", "json", "chat", "dialogue"]
 Language = Literal["en", "zh", "mixed"]
 _Spoken = Literal["en", "zh"]
 _Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -80,6 +82,7 @@ def build(
     rng: np.random.Generator,
     nonce: str,
     prefix: tuple[int, ...] | None = None,
+    line: Line | None = None,
 ) -> str:
     """A prompt of about `prompt_tok` tokens, the template's own included; one too short for nonce
     and instruction is as short as it can be.
@@ -87,7 +90,8 @@ def build(
     `nonce` (at most 9 characters) comes first and differs between requests, so that they share no
     cache block. With `cls.shared_prefix`, what comes first is the text of the ids (>= 0) in
     `prefix`: each id stands for an equal part of `shared_prefix.tokens`, and equal ids give equal
-    text whatever `rng` is. A prefix that leaves no room for nonce and instruction is cut."""
+    text whatever `rng` is. A prefix that leaves no room for nonce and instruction is cut.
+    `line`: what must be said, whole, before and after what fills the prompt."""
     if len(nonce) > NONCE_MAX_CHARS:
         raise ValueError(f"nonce {nonce!r} is longer than {NONCE_MAX_CHARS} characters")
     bank = _bank(cls.kind, cls.language)
@@ -100,8 +104,11 @@ def build(
         if spare > 0:
             opening = f"{common[:spare]}\n\n{opening}"
     room = chars - len(opening)
-    ending = _pick(bank.endings, rng)
-    if len(ending) > room:
+    ending = _pick(bank.endings, rng) if line is None else line.closes
+    if line is not None and line.opens:
+        opening += f"{line.opens}\n\n"
+        room = chars - len(opening)
+    if line is None and len(ending) > room:
         ending = next((e for e in bank.fallbacks if len(e) <= room), bank.fallbacks[-1])
     room -= len(ending) + 2
     if room <= 0:
@@ -143,6 +150,8 @@ def _common(kind: Kind, language: Language, chars: int, ident: int) -> str:
 @functools.cache
 def _bank(kind: Kind, language: Language) -> _Bank:
     """Takes tens of milliseconds, once; its own stream makes it the same in every process."""
+    if kind == "dialogue":  # its turns are about documents, and its facts about something else
+        return _bank("summary", language)
     rng = np.random.default_rng(_SALT)
     spoken: tuple[_Spoken, ...] = ("en", "zh") if language == "mixed" else (language,)
     turns = list(itertools.islice(itertools.cycle(spoken), _BLOCKS + 1))

@@ -9,6 +9,7 @@ the same bytes and stamps give the same record.
 """
 
 import bisect
+import contextlib
 import itertools
 from array import array
 from collections.abc import Sequence
@@ -143,6 +144,7 @@ class Shot(Struct, frozen=True):
     want_prompt_tok: int | None = None
     max_tokens: int | None = None
     abandon_after_s: float | None = None
+    keeps: bool = False  # the answer's text is wanted
 
 
 def _gaps_us(stamps_ns: "array[int]") -> list[int]:
@@ -187,6 +189,7 @@ class Recorder:
         self._garbled = False
         self._template: bulk.Template | None = None
         self._plain: bytes | None = None  # the last token event that says nothing else
+        self._kept: list[bytes] = []  # the stream, where its text is wanted
 
     def sent(self, now_ns: int) -> None:
         """The request's head went to the transport."""
@@ -204,6 +207,8 @@ class Recorder:
         if not self._is_stream:
             self._body = (self._body + data)[:65536]
             return
+        if self.shot.keeps:
+            self._kept.append(data)
         if self._garbled:  # what follows garbage means nothing
             return
         try:
@@ -263,6 +268,8 @@ class Recorder:
         while nth < len(parts):
             n, visible = self._alike_parts(parts, nth)
             if n:
+                if self.shot.keeps:
+                    self._kept += parts[nth:nth + n]
                 self._stamps_ns.extend(stamps_ns[nth:nth + n])
                 self._see(None if visible is None else stamps_ns[visible])
                 nth += n
@@ -281,6 +288,8 @@ class Recorder:
         for stamp_ns, end in zip(stamps_ns, ends, strict=True):
             while at < end:
                 if alike := self._alike(data, at, stamps_ns, ends):
+                    if self.shot.keeps:
+                        self._kept.append(data[at:alike[-1]])
                     at = alike[-1]
                     continue
                 cut = data.find(b"\n\n", at, end)
@@ -288,6 +297,18 @@ class Recorder:
                 self.feed(stamp_ns, data[at:upto])
                 self._learn()
                 at = upto
+
+    def said(self) -> str:
+        """The visible text of the answer, as far as it came, of a shot that keeps it. It is read
+        once more for that, when nothing is being stamped."""
+        parser, text, first = SseParser(), [], True
+        with contextlib.suppress(LineTooLong, openai.BadEvent):
+            for payload in parser.feed(b"".join(self._kept)):
+                if payload.strip():
+                    event = openai.read(payload, first)
+                    first &= not event.choices
+                    text.append(event.text)
+        return "".join(text)
 
     @property
     def n_events(self) -> int:

@@ -22,6 +22,7 @@ from loadgen.config import nearest
 from loadgen.config import to_plain as to_plain
 from loadgen.errors import ScenarioError
 from loadgen.presets import SLOS as PRESETS
+from loadgen.sessions import MOST_TURNS, Abandon, Think, normalised
 
 Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
 Count = Annotated[int, Meta(ge=1)]
@@ -99,7 +100,7 @@ class RequestClass(_Frozen, frozen=True):
     """One kind of request of the mix."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
-    kind: Literal["summary", "code", "json", "chat"]
+    kind: Literal["summary", "code", "json", "chat", "dialogue"]
     prompt_tok: Length = field(name="prompt_tokens")
     output_tok: Length = field(name="output_tokens")
     weight: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
@@ -108,6 +109,14 @@ class RequestClass(_Frozen, frozen=True):
     sampling: Sampling = Sampling()
     slo: Slo = Slo()
     timeouts: Timeouts | None = None
+    turns: Length = 1  # requests of a session; lengths above are of what each turn adds
+    think_s: Think | None = field(default=None, name="think")  # before each, after an answer
+    abandon: Abandon | None = None
+
+    @property
+    def has_sessions(self) -> bool:
+        """Requests hang on each other's answers: by what was said, or by a user who thinks."""
+        return longest(self.turns) > 1 or self.think_s is not None
 
 
 class Closed(_Frozen, frozen=True, tag_field="mode", tag="closed"):
@@ -254,7 +263,8 @@ def parse(raw: object, where: str) -> Scenario:
         raise ScenarioError(f"{where}: classes: the weights sum to nothing; give at least one "
                             "class a weight above 0")
     for c in scenario.classes:
-        for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok)):
+        for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok),
+                            ("turns", c.turns)):
             if isinstance(length, Uniform | Lognormal) and length.min > length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: min {length.min} is more "
                                     f"than max {length.max}; exchange them")
@@ -265,11 +275,21 @@ def parse(raw: object, where: str) -> Scenario:
             raise ScenarioError(f"{where}: class {c.name}: shared_prefix of "
                                 f"{c.shared_prefix.tokens} tokens leaves nothing of the prompt; "
                                 f"give it less than {longest(c.prompt_tok)}")
+        _check_turns(c, f"{where}: class {c.name}")
     if isinstance(scenario.load, Trace):
         due_s = list(scenario.load.due_s)
         if not due_s or due_s != sorted(due_s):
             raise ScenarioError(f"{where}: load.due: instants must be ascending, and at least one")
     return scenario
+
+
+def _check_turns(c: RequestClass, where: str) -> None:
+    if longest(c.turns) > MOST_TURNS:
+        raise ScenarioError(f"{where}: turns: a session has at most {MOST_TURNS}, not "
+                            f"{longest(c.turns)}")
+    if c.kind == "dialogue" and shortest(c.turns) < 2:
+        raise ScenarioError(f"{where}: kind dialogue tells facts and asks for them later: it needs "
+                            "2 turns or more, as turns = 5")
 
 
 def _named_slos(raw: object, where: str) -> object:
@@ -280,7 +300,7 @@ def _named_slos(raw: object, where: str) -> object:
     if isinstance(found.get("slo"), str):
         found["slo"] = _preset(found["slo"], f"{where}: slo")
     if isinstance(found.get("classes"), list):
-        found["classes"] = [_named_slos(c, where) for c in found["classes"]]
+        found["classes"] = [_named_slos(normalised(c), where) for c in found["classes"]]
     return found
 
 
@@ -296,6 +316,12 @@ def longest(length: Length) -> int:
     if isinstance(length, int):
         return length
     return length.tokens if isinstance(length, Fixed) else length.max
+
+
+def shortest(length: Length) -> int:
+    if isinstance(length, int):
+        return length
+    return length.tokens if isinstance(length, Fixed) else length.min
 
 
 def parse_slo(text: str) -> Slo:

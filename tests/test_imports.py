@@ -17,11 +17,14 @@ HOUSE = ("loadgen", "servers", "analysis")
 ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
-    "scenario": "config errors presets", "presets": "",
-    "prompts": "scenario texts",
+    "sessions": "config", "dialogue": "",
+    "scenario": "config errors presets sessions", "presets": "",
+    "prompts": "dialogue scenario texts",
     "leg": "scenario",
     "stages": "scenario",
-    "plan": "leg prompts scenario",
+    "plan": "dialogue leg prompts scenario sessions",
+    "talk": "openai plan prompts record scenario",
+    "recall": "dialogue",
     "openai": "scenario",
     "record": "bulk openai sse",
     "metrics": "record scenario",
@@ -42,7 +45,7 @@ ALLOWED = {
     "connection": "dial net stamps",
     "flight": "connection deadline net record scenario stamps target",
     "client": "connection dial flight net openai record scenario stamps target",
-    "drive": "client flight leg metrics net openai plan prompts record scenario store",
+    "drive": "client flight leg metrics net plan prompts record scenario store talk",
     "child": "net",
     "shard": "child client drive errors leg net prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
@@ -95,7 +98,7 @@ PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics
         "validity", "sequential", "settle", "judge", "evidence", "exits", "pace", "ramp", "leg",
         "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
         "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
-        "hosts.tallies"}
+        "hosts.tallies", "sessions", "dialogue", "talk", "recall"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}
