@@ -113,11 +113,6 @@ class RequestClass(_Frozen, frozen=True):
     think_s: Think | None = field(default=None, name="think")  # before each, after an answer
     abandon: Abandon | None = None
 
-    @property
-    def has_sessions(self) -> bool:
-        """Requests hang on each other's answers: by what was said, or by a user who thinks."""
-        return longest(self.turns) > 1 or self.think_s is not None
-
 
 class Closed(_Frozen, frozen=True, tag_field="mode", tag="closed"):
     """`concurrency` slots; each sends its next request when the last one has ended."""
@@ -193,6 +188,11 @@ class Scenario(_Frozen, frozen=True):
     load: Load | None = None
     shape: Shape | None = None  # of a test by Locust
     duration_s: Seconds | None = field(default=None, name="duration")
+
+    @property
+    def thinks(self) -> bool:
+        """Slots of a closed loop rest by plan."""
+        return any(c.think_s is not None for c in self.classes)
 
     def slo_of(self, cls: str) -> Slo:
         """The class's own limits over the scenario's."""

@@ -74,7 +74,7 @@ ALLOWED = {
     "doctor": "calibration headroom metrics rungs selftest",
     "view": "judge leg supervise",
     "facts": "judge prompts scenario store target",
-    "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
+    "virtual": "judge leg metrics plan record scenario store supervise talk telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
     "runner": "calibrate errors facts health judge leg prompts ramp record resume scenario store "
               "supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "

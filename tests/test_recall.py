@@ -37,7 +37,8 @@ GOOD = [
     (LEFT, "You have 38 chairs left."), (LEFT, "You have thirty-eight left: 42 minus 4."),
     (LEFT, "It is no longer 42 but 38."),
     (ZH_JOB, "您的职业是花艺师。"), (ZH_JOB, "你哥哥是飞行员，而你是花艺师。"), (ZH_JOB, "花艺师"),
-    (ZH_HIS, "您的哥哥小满住在绍兴。"), (ZH_HIS, "他住在绍兴。"), (ZH_HIS, "你住在洛阳，哥哥住在绍兴。"),
+    (ZH_HIS, "您的哥哥小满住在绍兴。"), (ZH_HIS, "他住在绍兴。"),
+    (ZH_HIS, "你住在洛阳，哥哥住在绍兴。"),
     (ZH_LEFT, "您现在还剩38把椅子。"), (ZH_LEFT, "42减去4，还剩三十八把。")]
 
 BAD = [
