@@ -40,6 +40,7 @@ class LegTask(Struct, frozen=True):
     scenario: Scenario
     criteria: Criteria
     t0_ns: int
+    wrong: Mapping[str, str] = {}  # kinds of error of answers, by where they are kept
 
 
 class LegResult(Struct, frozen=True):
@@ -117,6 +118,9 @@ def judged(task: LegTask) -> LegResult:
 def _judged(task: LegTask) -> LegResult:
     reader = Reader(task.stretches, task.window)
     records = [r for batch in reader.batches() for r in batch]
+    if task.wrong:
+        for r in records:
+            r.wrong = task.wrong.get(r.output_ref or "")
     parts = [_columns(records[i:i + ROWS], task) for i in range(0, len(records), ROWS)]
     texts, said = _texts(records, task.scenario)
     columns = {name: np.concatenate([np.empty(0, kind), *(p[name] for p in parts)])

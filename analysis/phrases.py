@@ -6,6 +6,7 @@ from analysis.frame import Run
 from loadgen.scenario import Slo
 
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "event gap", "e2e": "E2E"}
+MISSES = {**NAMES, "answer": "answer not valid"}
 DAILY = 0.8  # of the safe load: what is proven holds at its edge, and days differ
 
 

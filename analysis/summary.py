@@ -10,9 +10,23 @@ from typing import Any
 
 import msgspec
 
-from analysis import ci, deaths, frame, gate, generator, gpus, journals, knee, otherwise, words
+from analysis import (
+    checked,
+    ci,
+    deaths,
+    frame,
+    gate,
+    generator,
+    gpus,
+    journals,
+    knee,
+    otherwise,
+    words,
+)
 from analysis.frame import Run
+from loadgen import answers
 from loadgen.scenario import Slo
+from loadgen.store import RunFolder
 
 SCHEMA = 1
 
@@ -20,6 +34,7 @@ SCHEMA = 1
 def finish(path: Path, slo: Slo | None = None, report: bool = True) -> Run:
     """Loads the run in `path` and writes all that follows from it; summary.json comes last, so
     that one without it did not finish. Raises StoreError, ScenarioError."""
+    answers.complete(RunFolder(path))
     with _parquet(path):
         run = frame.load(path, slo)
     if report:
@@ -66,7 +81,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "findings": [{"leg": j.leg, **msgspec.to_builtins(f)}
                      for j in run.judgements for f in j.findings],
         "server": deaths.figures(run), "otherwise": msgspec.to_builtins(otherwise.of(run)),
-        "gpu": gpus.figures(run),
+        "gpu": gpus.figures(run), "answers": checked.figures(run),
         "generator": generator.figures(run), "torn_lines": run.torn})
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import charts, deaths, gpus, otherwise, phrases, steps
+from analysis import charts, checked, deaths, gpus, otherwise, phrases, steps
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from analysis.words import Answer
@@ -74,12 +74,17 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         yield "<h2>By class</h2>"
         yield _table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
                       "output tokens p50"), _classes(run))
+    if checked.says(run):
+        yield "<h2>Answers</h2>"
+        yield f'<p class="muted">{escape(checked.NOTE)} {escape(checked.says(run))}</p>'
+        yield _table(checked.HEADS, checked.cells(run))
+        yield _table(checked.SHOWN_HEADS, checked.examples(run))
     missed = [j for j in run.judgements if j.misses]
     if missed:
         reasons = sorted({x for j in missed for x in j.misses})
         yield "<h2>Misses by reason</h2>"
         yield '<p class="muted">A request may break several limits.</p>'
-        yield _table(("leg", "n", "missed", *(phrases.NAMES.get(x, x) for x in reasons)),
+        yield _table(("leg", "n", "missed", *(phrases.MISSES.get(x, x) for x in reasons)),
                      ([j.leg, str(j.n), str(j.n - j.good),
                        *(str(j.misses.get(x, "")) for x in reasons)] for j in missed))
     f = run.frame[run.frame["error"] != ""]

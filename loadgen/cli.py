@@ -480,7 +480,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     from rich.console import Console  # noqa: PLC0415
 
     try:
-        from analysis import deaths, gpus, summary, words  # noqa: PLC0415
+        from analysis import checked, deaths, gpus, summary, words  # noqa: PLC0415
 
         finished = summary.finish(folder, slo, report=html)
     except ModuleNotFoundError as e:
@@ -495,7 +495,7 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
-    for said in (deaths.sentence(finished), gpus.sentence(finished)):
+    for said in (checked.says(finished), deaths.sentence(finished), gpus.sentence(finished)):
         if said:
             console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:

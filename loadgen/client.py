@@ -18,6 +18,7 @@ from loadgen.connection import Connection, Tally
 from loadgen.dial import connect, context_of, proxy_header
 from loadgen.flight import Flight
 from loadgen.net import now_ns
+from loadgen.outputs import Outputs
 from loadgen.record import RequestRecord, Shot
 from loadgen.scenario import Scenario
 from loadgen.target import Target
@@ -30,8 +31,10 @@ _SLICE_NS = 300_000
 class Client:
     """One pool of connections to one target. Use as `async with Client(…) as client`."""
 
-    def __init__(self, target: Target, scenario: Scenario) -> None:
+    def __init__(self, target: Target, scenario: Scenario,
+                 outputs: Outputs | None = None) -> None:
         self.target = target
+        self.outputs = outputs  # which answers are kept, and where
         self.inflight = 0
         self._flown_ns, self._counted_ns = 0, now_ns()
         self.tally = Tally()

@@ -222,7 +222,7 @@ class LegRun:
         self._awaited -= self._measures(flight.recorder.shot.due_ns)
         self._sent -= 1
         record = self._keep(flight.result)
-        if record is not None and talk.keeps and talk.heard(record, flight.recorder.said()):
+        if record is not None and talk.keeps and talk.heard(record, flight.recorder.answer().text):
             self._fly(self._turns(talk, talk.due_ns(record.end_ns, now_ns()), max_inflight))
         else:
             self._ground()
@@ -283,7 +283,7 @@ class LegRun:
         record = await self.work.client.fly(flight)
         self._awaited -= measured
         self._count(record)
-        return record, talk.heard(record, flight.recorder.said() if talk.keeps else "")
+        return record, talk.heard(record, flight.recorder.answer().text if talk.keeps else "")
 
     def _measures(self, due_ns: int) -> bool:
         return due_ns >= self._from_ns and (self._to_ns is None or due_ns < self._to_ns)

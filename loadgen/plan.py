@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from loadgen import dialogue
+from loadgen import dialogue, tasks
 from loadgen.leg import Leg
 from loadgen.prompts import GUESS_OVERHEAD_TOK, Ratio, build
 from loadgen.scenario import (
@@ -32,9 +32,10 @@ from loadgen.scenario import (
     Uniform,
 )
 from loadgen.sessions import leaves_after_s, think_s
+from loadgen.tasks import Task
 
 # streams of randomness: a new one goes to the end, and plans of before stay what they were
-ARRIVALS, MIX, LENGTHS, PROMPTS, CALIBRATION, TURNS, THINK, ABANDON, FACTS = range(9)
+ARRIVALS, MIX, LENGTHS, PROMPTS, CALIBRATION, TURNS, THINK, ABANDON, FACTS, TASKS = range(10)
 _BLOCK: Final = 1024  # gaps drawn at once
 
 
@@ -170,27 +171,42 @@ def prompt(cls: RequestClass, planned: Session, turn: int, seed: int, ratio: Rat
     what = planned.turns[turn]
     if what.text is not None:
         return what.text
+    asked = task(cls, what.prompt_tok, seed, planned.k, turn)
     rng = stream(seed, PROMPTS, planned.k * 64 + turn)
     mark = nonce(seed, planned.k, turn)
     line = (lines(cls.language, planned.k, len(planned.turns), seed)[turn]
             if cls.kind == "dialogue" else None)
     if turn == 0:
-        return build(cls, what.prompt_tok, ratio, rng, mark, planned.prefix or None, line)
+        return build(cls, what.prompt_tok, ratio, rng, mark, planned.prefix or None, asked, line)
     # the prefix and the template's system prompt were there before
     later = msgspec.structs.replace(ratio, overhead_tok=min(ratio.overhead_tok, GUESS_OVERHEAD_TOK))
-    return build(cls, what.prompt_tok, later, rng, mark, line=line)
+    return build(cls, what.prompt_tok, later, rng, mark, None, asked, line)
 
 
-def asked(cls: RequestClass, k: int, turns: int, turn: int, seed: int) -> dialogue.Question | None:
+def question(cls: RequestClass, k: int, turns: int, turn: int,
+             seed: int) -> dialogue.Question | None:
     """What turn number `turn` of a dialogue of so many asks for; None: it asks for nothing."""
     return lines(cls.language, k, turns, seed)[turn].asks if cls.kind == "dialogue" else None
 
 
 @functools.lru_cache(maxsize=256)
 def lines(language: Literal["en", "zh", "mixed"], k: int, turns: int,
-           seed: int) -> tuple[dialogue.Line, ...]:
+          seed: int) -> tuple[dialogue.Line, ...]:
     """The user's part of dialogue k."""
     return dialogue.write(language, turns, stream(seed, FACTS, k))
+
+
+def task(cls: RequestClass, prompt_tok: int, seed: int, k: int, turn: int) -> Task | None:
+    """What turn `turn` of session k asks for, where that can be checked; drawn from a stream of
+    its own, so that who checks an answer draws the same again."""
+    return tasks.draw(cls, prompt_tok, stream(seed, TASKS, k * 64 + turn))
+
+
+def wire(cls: RequestClass, planned: Session, turn: int, seed: int) -> dict[str, Any]:
+    """What the body of a turn says beside its prompt: tools, a forced form."""
+    if cls.kind != "tools" and cls.response_format is None:
+        return {}
+    return tasks.wire(cls, task(cls, planned.turns[turn].prompt_tok, seed, planned.k, turn))
 
 
 def nonce(seed: int, k: int, turn: int) -> str:

@@ -18,6 +18,7 @@ from msgspec import Struct
 from loadgen import texts
 from loadgen.dialogue import Line
 from loadgen.scenario import RequestClass
+from loadgen.tasks import LIKE, Task
 
 NONCE_MAX_CHARS = 9  # in brackets and with a space 12: inside the first 16 tokens of any tokenizer
 GUESS_OVERHEAD_TOK = 10.0  # of a ChatML template without a system prompt
@@ -27,7 +28,6 @@ _GUESS_CHARS_PER_TOK = {
     ("chat", "en"): 4.3, ("chat", "zh"): 1.5, ("chat", "mixed"): 2.8,
     ("code", "en"): 3.2, ("code", "zh"): 2.8, ("code", "mixed"): 3.0,
     ("json", "en"): 2.7, ("json", "zh"): 1.9, ("json", "mixed"): 2.3,
-    ("dialogue", "en"): 4.3, ("dialogue", "zh"): 1.5, ("dialogue", "mixed"): 2.9,
 }  # fmt: skip
 _MIN_SPREAD = 0.1  # lengths must differ by this share of their mean to tell slope from overhead
 
@@ -37,7 +37,7 @@ _TITLES = 32
 _EPOCH_S = 1_750_000_000  # where the time stamps of log lines begin
 _SALT = 0x5EED  # of the streams that are the same in every process
 
-Kind = Literal["summary", "code", "json", "chat", "dialogue"]
+Kind = Literal["summary", "code", "json", "chat"]
 Language = Literal["en", "zh", "mixed"]
 _Spoken = Literal["en", "zh"]
 _Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -55,7 +55,7 @@ class Ratio(Struct, frozen=True):
 
 def guess(cls: RequestClass) -> Ratio:
     """What to build with until a server's own count can be fitted; not measured."""
-    return Ratio(_GUESS_CHARS_PER_TOK[cls.kind, cls.language], GUESS_OVERHEAD_TOK, "guess")
+    return Ratio(_GUESS_CHARS_PER_TOK[LIKE[cls.kind], cls.language], GUESS_OVERHEAD_TOK, "guess")
 
 
 def fit(samples: Sequence[tuple[int, int]], source: Literal["tokenize", "usage"]) -> Ratio:
@@ -82,6 +82,7 @@ def build(
     rng: np.random.Generator,
     nonce: str,
     prefix: tuple[int, ...] | None = None,
+    task: Task | None = None,
     line: Line | None = None,
 ) -> str:
     """A prompt of about `prompt_tok` tokens, the template's own included; one too short for nonce
@@ -91,19 +92,25 @@ def build(
     cache block. With `cls.shared_prefix`, what comes first is the text of the ids (>= 0) in
     `prefix`: each id stands for an equal part of `shared_prefix.tokens`, and equal ids give equal
     text whatever `rng` is. A prefix that leaves no room for nonce and instruction is cut.
-    `line`: what must be said, whole, before and after what fills the prompt."""
+
+    With a `task`, its instruction ends the prompt, and its sentences stand in the filler. `line`:
+    what must be said, whole, before and after what fills the prompt."""
     if len(nonce) > NONCE_MAX_CHARS:
         raise ValueError(f"nonce {nonce!r} is longer than {NONCE_MAX_CHARS} characters")
-    bank = _bank(cls.kind, cls.language)
+    kind = LIKE[cls.kind]
+    bank = _bank(kind, cls.language)
+    longest = bank.longest if task is None else len(task.ending) + sum(map(len, task.planted))
     chars = round((prompt_tok - ratio.overhead_tok) * ratio.chars_per_tok)
     opening = f"[{nonce}] "
     if cls.shared_prefix and prefix:
         each = round(cls.shared_prefix.tokens / len(prefix) * ratio.chars_per_tok)
-        common = "".join(_common(cls.kind, cls.language, each, ident) for ident in prefix)
-        spare = chars - len(opening) - 2 - bank.longest
+        common = "".join(_common(kind, cls.language, each, ident) for ident in prefix)
+        spare = chars - len(opening) - 2 - longest
         if spare > 0:
             opening = f"{common[:spare]}\n\n{opening}"
     room = chars - len(opening)
+    if task is not None:
+        return opening + _with_task(task, kind, cls.language, room, rng)
     ending = _pick(bank.endings, rng) if line is None else line.closes
     if line is not None and line.opens:
         opening += f"{line.opens}\n\n"
@@ -113,7 +120,23 @@ def build(
     room -= len(ending) + 2
     if room <= 0:
         return opening + ending
-    return f"{opening}{_filler(cls.kind, cls.language, room, rng)}\n\n{ending}"
+    return f"{opening}{_filler(kind, cls.language, room, rng)}\n\n{ending}"
+
+
+def _with_task(task: Task, kind: Kind, language: Language, room: int,
+               rng: np.random.Generator) -> str:
+    """The filler with what is planted in it, at equal distances, then the instruction; where
+    there is no room for filler, the rest alone."""
+    planted = [f"\n{x}" for x in task.planted]
+    room -= len(task.ending) + 2 + sum(map(len, planted))
+    filler = _filler(kind, language, room, rng) if room > 0 else ""
+    parts, at = [], 0
+    for i, sentence in enumerate(planted, 1):
+        near = len(filler) * i // (len(planted) + 1)
+        cut = max(filler.find("\n", near), near) if filler else 0  # not inside a line
+        parts += [filler[at:cut], sentence]
+        at = max(at, cut)
+    return "".join([*parts, filler[at:]]).lstrip("\n") + f"\n\n{task.ending}"
 
 
 class _Bank(NamedTuple):
@@ -150,8 +173,6 @@ def _common(kind: Kind, language: Language, chars: int, ident: int) -> str:
 @functools.cache
 def _bank(kind: Kind, language: Language) -> _Bank:
     """Takes tens of milliseconds, once; its own stream makes it the same in every process."""
-    if kind == "dialogue":  # its turns are about documents, and its facts about something else
-        return _bank("summary", language)
     rng = np.random.default_rng(_SALT)
     spoken: tuple[_Spoken, ...] = ("en", "zh") if language == "mixed" else (language,)
     turns = list(itertools.islice(itertools.cycle(spoken), _BLOCKS + 1))

@@ -9,13 +9,13 @@ the same bytes and stamps give the same record.
 """
 
 import bisect
-import contextlib
 import itertools
 from array import array
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -87,7 +87,8 @@ class RequestRecord(Struct, omit_defaults=True):
     status: int | None = None
     finish_reason: str | None = None
     error: str | None = None
-    output_ref: str | None = None
+    output_ref: str | None = None  # where its text is kept: file of the run folder, and byte
+    wrong: str | None = None  # kind of error, if its check failed and counts; of verdicts.jsonl
 
     def shift(self, ns: int) -> None:
         """Brings all stamps to another clock."""
@@ -144,7 +145,7 @@ class Shot(Struct, frozen=True):
     want_prompt_tok: int | None = None
     max_tokens: int | None = None
     abandon_after_s: float | None = None
-    keeps: bool = False  # the answer's text is wanted
+    keeps: bool = False  # what follows needs the answer's text
 
 
 def _gaps_us(stamps_ns: "array[int]") -> list[int]:
@@ -161,8 +162,10 @@ class Recorder:
     stale connection calls `sent` again.
     """
 
-    def __init__(self, shot: Shot, throttle_status: Sequence[int] = ()) -> None:
+    def __init__(self, shot: Shot, throttle_status: Sequence[int] = (),
+                 keeps: bool = False) -> None:
         self.shot = shot
+        self.keeps = keeps  # the answer itself, too
         self.status: int | None = None
         self.sent_ns: int | None = None
         self.first_ns: int | None = None
@@ -188,8 +191,9 @@ class Recorder:
         self._seen_choices = False
         self._garbled = False
         self._template: bulk.Template | None = None
+        self._said: list[str] = []
+        self._calls: list[msgspec.Raw] = []
         self._plain: bytes | None = None  # the last token event that says nothing else
-        self._kept: list[bytes] = []  # the stream, where its text is wanted
 
     def sent(self, now_ns: int) -> None:
         """The request's head went to the transport."""
@@ -207,8 +211,6 @@ class Recorder:
         if not self._is_stream:
             self._body = (self._body + data)[:65536]
             return
-        if self.shot.keeps:
-            self._kept.append(data)
         if self._garbled:  # what follows garbage means nothing
             return
         try:
@@ -268,8 +270,6 @@ class Recorder:
         while nth < len(parts):
             n, visible = self._alike_parts(parts, nth)
             if n:
-                if self.shot.keeps:
-                    self._kept += parts[nth:nth + n]
                 self._stamps_ns.extend(stamps_ns[nth:nth + n])
                 self._see(None if visible is None else stamps_ns[visible])
                 nth += n
@@ -288,8 +288,6 @@ class Recorder:
         for stamp_ns, end in zip(stamps_ns, ends, strict=True):
             while at < end:
                 if alike := self._alike(data, at, stamps_ns, ends):
-                    if self.shot.keeps:
-                        self._kept.append(data[at:alike[-1]])
                     at = alike[-1]
                     continue
                 cut = data.find(b"\n\n", at, end)
@@ -298,17 +296,9 @@ class Recorder:
                 self._learn()
                 at = upto
 
-    def said(self) -> str:
-        """The visible text of the answer, as far as it came, of a shot that keeps it. It is read
-        once more for that, when nothing is being stamped."""
-        parser, text, first = SseParser(), [], True
-        with contextlib.suppress(LineTooLong, openai.BadEvent):
-            for payload in parser.feed(b"".join(self._kept)):
-                if payload.strip():
-                    event = openai.read(payload, first)
-                    first &= not event.choices
-                    text.append(event.text)
-        return "".join(text)
+    def answer(self) -> openai.Answer:
+        """What came so far, if it is kept."""
+        return openai.Answer("".join(self._said), openai.calls_of(self._calls))
 
     @property
     def n_events(self) -> int:
@@ -330,6 +320,9 @@ class Recorder:
             return
         if event.token:
             self._token(now_ns, event)
+        if self.keeps:
+            self._said.append(event.text)
+            self._calls += event.calls or ()
         self._seen_choices |= event.choices
         self._finish = event.finish_reason or self._finish
         self._usage = event.usage or self._usage
@@ -351,7 +344,12 @@ class Recorder:
         """How many parts from `start` on are each an event like one before, but for its text; and
         which is the first with a visible one."""
         template = self._ready_template
-        return (0, None) if template is None else template.whole(parts, start)
+        if template is None:
+            return 0, None
+        n, visible = template.whole(parts, start)
+        if self.keeps and n:
+            self._said.append(template.said(parts[start:start + n]))
+        return n, visible
 
     def _alike(self, data: bytes, start: int, stamps_ns: Sequence[int],
                ends: Sequence[int]) -> list[int]:
@@ -361,6 +359,9 @@ class Recorder:
         events, visible = ([], None) if template is None else template.run(data, start)
         if not events:
             return []
+        if self.keeps and template is not None:
+            self._said.append(template.said(
+                data[a:b] for a, b in itertools.pairwise([start, *events])))
         read = bisect.bisect_left(ends, events[0])
         for at in events:
             while ends[read] < at:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from loadgen import expect
 from loadgen.config import PerSecond as PerSecond
 from loadgen.config import Seconds as Seconds
 from loadgen.config import convert as convert
@@ -21,6 +22,7 @@ from loadgen.config import enc_hook as enc_hook
 from loadgen.config import nearest
 from loadgen.config import to_plain as to_plain
 from loadgen.errors import ScenarioError
+from loadgen.expect import Validator
 from loadgen.presets import SLOS as PRESETS
 from loadgen.sessions import MOST_TURNS, Abandon, Think, normalised
 
@@ -96,11 +98,17 @@ class SharedPrefix(_Frozen, frozen=True):
     groups: Count = 1
 
 
+Kind = Literal["summary", "code", "json", "chat", "survey", "profile", "tools", "translation",
+               "longest", "dialogue"]
+
+
 class RequestClass(_Frozen, frozen=True):
-    """One kind of request of the mix."""
+    """One kind of request of the mix. `validator`: what its answers must be. `response_format`:
+    the server is to force JSON, of the kind's schema where it is json_schema. `tool_choice`: of
+    kind tools; named: the one that the prompt asks for. `into`: of kind translation."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
-    kind: Literal["summary", "code", "json", "chat", "dialogue"]
+    kind: Kind
     prompt_tok: Length = field(name="prompt_tokens")
     output_tok: Length = field(name="output_tokens")
     weight: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
@@ -109,6 +117,10 @@ class RequestClass(_Frozen, frozen=True):
     sampling: Sampling = Sampling()
     slo: Slo = Slo()
     timeouts: Timeouts | None = None
+    validator: Validator | None = None
+    response_format: Literal["json_object", "json_schema"] | None = None
+    tool_choice: Literal["auto", "required", "named"] | None = None
+    into: Literal["en", "zh", "fr"] | None = None
     turns: Length = 1  # requests of a session; lengths above are of what each turn adds
     think_s: Think | None = field(default=None, name="think")  # before each, after an answer
     abandon: Abandon | None = None
@@ -271,11 +283,12 @@ def parse(raw: object, where: str) -> Scenario:
             if isinstance(length, Lognormal) and not length.min <= length.median <= length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: median {length.median} is "
                                     f"not between min {length.min} and max {length.max}")
+        _check_turns(c, f"{where}: class {c.name}")
+        _check_kind(c, scenario.endpoint, f"{where}: class {c.name}")
         if c.shared_prefix and c.shared_prefix.tokens >= longest(c.prompt_tok):
             raise ScenarioError(f"{where}: class {c.name}: shared_prefix of "
                                 f"{c.shared_prefix.tokens} tokens leaves nothing of the prompt; "
                                 f"give it less than {longest(c.prompt_tok)}")
-        _check_turns(c, f"{where}: class {c.name}")
     if isinstance(scenario.load, Trace):
         due_s = list(scenario.load.due_s)
         if not due_s or due_s != sorted(due_s):
@@ -290,6 +303,34 @@ def _check_turns(c: RequestClass, where: str) -> None:
     if c.kind == "dialogue" and shortest(c.turns) < 2:
         raise ScenarioError(f"{where}: kind dialogue tells facts and asks for them later: it needs "
                             "2 turns or more, as turns = 5")
+
+
+def _check_kind(c: RequestClass, endpoint: str, where: str) -> None:
+    """What a kind cannot do without, or is the only one to have. Raises ScenarioError."""
+    check, kind = c.validator, c.kind
+    if (c.into is not None) != (kind == "translation"):
+        raise ScenarioError(f"{where}: kind translation needs into = \"en\", \"zh\" or \"fr\", and "
+                            "no other kind has it")
+    if c.into is not None and c.into == c.language:
+        raise ScenarioError(f"{where}: into = {c.into!r} is the language that it is in already")
+    if kind == "translation" and c.language == "mixed":
+        raise ScenarioError(f"{where}: kind translation is from one language: en or zh")
+    if c.tool_choice is not None and kind != "tools":
+        raise ScenarioError(f"{where}: tool_choice is of kind tools, this is {kind}")
+    if kind == "tools" and endpoint != "chat":
+        raise ScenarioError(f"{where}: tools are called over endpoint = \"chat\" only")
+    if c.response_format == "json_schema" and kind not in ("json", "profile"):
+        raise ScenarioError(f"{where}: only kinds json and profile have a schema; write "
+                            "response_format = \"json_object\"")
+    for needs, kinds in ((expect.Tool, ("tools",)), (expect.Translation, ("translation",)),
+                         (expect.Facts, ("summary", "survey")), (expect.Recall, ("dialogue",))):
+        if isinstance(check, needs) and kind not in kinds:
+            raise ScenarioError(f"{where}: this validator is for kind {' or '.join(kinds)}, "
+                                f"this is {kind}")
+    if isinstance(check, expect.Json) and check.schema is None and kind not in (
+            "json", "profile"):
+        raise ScenarioError(f"{where}: kind {kind} has no schema of its own; give the validator "
+                            "one: schema = { type = \"object\", … }")
 
 
 def _named_slos(raw: object, where: str) -> object:

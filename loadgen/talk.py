@@ -20,7 +20,7 @@ class Talk:
                  ratio: Ratio) -> None:
         self.planned, self.turn = planned, 0
         self._cls = mix.of(planned.cls)
-        self._endpoint, self._model = mix.endpoint, model
+        self._endpoint, self._model, self._seed = mix.endpoint, model, seed
         self._texts = [plan.prompt(self._cls, planned, turn, seed, ratio)
                        for turn in range(len(planned.turns))]
         self._history: list[dict[str, str]] = []
@@ -69,4 +69,5 @@ class Talk:
     def _body(self) -> bytes:
         messages = [*self._history, {"role": "user", "content": self._texts[self.turn]}]
         return openai.conversation(self._endpoint, self._model, messages, self.what.output_tok,
-                                   self._cls.sampling)
+                                   self._cls.sampling, plan.wire(
+                                       self._cls, self.planned, self.turn, self._seed))

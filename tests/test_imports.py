@@ -18,11 +18,13 @@ ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
     "sessions": "config", "dialogue": "",
-    "scenario": "config errors presets sessions", "presets": "",
-    "prompts": "dialogue scenario texts",
+    "expect": "", "repeats": "", "code": "", "schema": "",
+    "scenario": "config errors expect presets sessions", "presets": "",
+    "tasks": "expect scenario texts",
+    "prompts": "dialogue scenario tasks texts",
     "leg": "scenario",
     "stages": "scenario",
-    "plan": "dialogue leg prompts scenario sessions",
+    "plan": "dialogue leg prompts scenario sessions tasks",
     "talk": "openai plan prompts record scenario",
     "recall": "dialogue",
     "openai": "scenario",
@@ -43,11 +45,13 @@ ALLOWED = {
     "pulse": "leg metrics",
     "net": "", "stamps": "", "dial": "target",
     "connection": "dial net stamps",
-    "flight": "connection deadline net record scenario stamps target",
-    "client": "connection dial flight net openai record scenario stamps target",
+    "outputs": "openai record scenario store",
+    "answers": "expect leg outputs plan prompts record scenario store tasks validate",
+    "flight": "connection deadline net outputs record scenario stamps target",
+    "client": "connection dial flight net openai outputs record scenario stamps target",
     "drive": "client flight leg metrics net plan prompts record scenario store talk",
     "child": "net",
-    "shard": "child client drive errors leg net prompts pulse scenario store target",
+    "shard": "child client drive errors leg net outputs prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
@@ -76,19 +80,19 @@ ALLOWED = {
     "facts": "judge prompts scenario store target",
     "virtual": "judge leg metrics plan record scenario store supervise talk telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
-    "runner": "calibrate errors facts health judge leg prompts ramp record resume scenario store "
-              "supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit view "
-              "virtual watch",
+    "runner": "answers calibrate errors facts health judge leg prompts ramp record resume scenario "
+              "store supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit "
+              "view virtual watch",
     "campaign": "errors scenario store target",
     "options": "dial errors scenario target",
     "cli": "options calibration campaign doctor errors evidence exits judge leg ramp resume "
            "runner scenario store target view",
     "datasets": "errors plan record scenario",
-    "validate": "errors record scenario store",
+    "validate": "code dialogue expect openai recall repeats schema",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
-                "scenario", "telemetry.signs", "errors", "exits", "headroom", "unit"}
+                "scenario", "telemetry.signs", "errors", "exits", "headroom", "unit", "answers"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",
@@ -97,6 +101,7 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "sequential", "settle", "judge", "evidence", "exits", "pace", "ramp", "leg",
         "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
+        "expect", "tasks", "validate", "repeats", "code", "schema",
         "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
         "hosts.tallies", "sessions", "dialogue", "talk", "recall"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",

@@ -26,6 +26,7 @@ from loadgen import metrics, openai, plan
 from loadgen.errors import StoreError
 from loadgen.judge import Criteria
 from loadgen.leg import Ending, Leg, Window
+from loadgen.outputs import Outputs
 from loadgen.prompts import Ratio
 from loadgen.pulse import Pulse
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
@@ -179,6 +180,7 @@ class FleetRun:
         self.ended_tok = 0  # output tokens of ended requests, for the live throughput
         self._journal = Journal(folder.records_path(0))
         self._journal.append(Header(SCHEMA, folder.path.name, 0, now_ns(), time.time_ns()))
+        self._outputs = Outputs(folder.path / "outputs-0.jsonl", prepared.scenario)
         self._legs: Journal = folder.legs_journal()
         self._seq: Iterator[int] = itertools.count()
 
@@ -296,8 +298,9 @@ class FleetRun:
                         on.give_back(planned)
                     raise
             due_ns = max(due_ns, on.t0_ns)  # a user that comes over from the leg before
-            recorder = Recorder(self._shot(on, talk, due_ns, text, max_tokens),
-                                self.prepared.scenario.throttle_status)
+            shot = self._shot(on, talk, due_ns, text, max_tokens)
+            recorder = Recorder(shot, self.prepared.scenario.throttle_status,
+                                shot.keeps or self._outputs.wants(shot.cls))
             self.flights[recorder.shot.seq] = on, recorder
             on.taken += 1
             self._greenlets[recorder.shot.seq] = gevent.getcurrent()
@@ -307,8 +310,11 @@ class FleetRun:
 
     def land(self, on: OnLeg, record: RequestRecord) -> None:
         """A request has ended: journal, counts, and what the live page looks back on."""
+        recorder = self.flights[record.seq][1]
         del self.flights[record.seq], self._greenlets[record.seq]
         try:
+            if self._outputs.wants(record.cls):
+                record.output_ref = self._outputs.keep(record, recorder.answer())
             self._journal.append(record)
         except StoreError as e:
             self.failed = self.failed or str(e)

@@ -86,7 +86,7 @@ class LLMUser(HttpUser):
             self._free_ns = record.end_ns
             run.land(on, record)
         if text is None:
-            goes_on = talk.keeps and talk.heard(record, recorder.said())
+            goes_on = talk.keeps and talk.heard(record, recorder.answer().text)
             self._going = (on, talk) if goes_on else None
         if record.outcome is not Outcome.CANCELLED:  # our doing, no request of Locust's
             rows.show(self.environment, record, self._stream.n_bytes)
