@@ -163,22 +163,18 @@ class LegRun:
         """A closed loop's slot. The first starts are spread over the warm-up: all at once would
         be a burst that no closed loop has later."""
         due_ns = self.t0_ns + round(self.leg.warmup_s * 1e9 * slot / slots)
-        ended_ns: int | None = None  # the slot's last answer
         while await self._wait_until(due_ns):
             talk = self._prepared.next()
             if talk is None:
                 return
-            if ended_ns is not None:
-                due_ns = max(due_ns, ended_ns + round(talk.what.think_s * 1e9))
-            while True:
+            goes_on = True
+            while goes_on:
                 if not await self._wait_until(due_ns):
                     return
                 record, goes_on = await self._send(talk, due_ns)
-                ended_ns = record.end_ns
-                due_ns = now_ns() + (DROP_PAUSE_NS if record.outcome is Outcome.DROPPED else 0)
-                if not goes_on:
-                    break
-                due_ns = talk.due_ns(ended_ns, due_ns)
+                free_ns = now_ns() + (DROP_PAUSE_NS if record.outcome is Outcome.DROPPED else 0)
+                due_ns = (talk.due_ns(record.end_ns, free_ns) if goes_on
+                          else max(free_ns, record.end_ns + talk.rest_ns))
 
     async def _schedule(self, max_inflight: int) -> None:
         """An open loop: sets each start a little ahead of its instant; it is the loop's alarm that

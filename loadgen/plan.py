@@ -41,8 +41,9 @@ _BLOCK: Final = 1024  # gaps drawn at once
 
 class Turn(Struct, frozen=True):
     """One request of a session. `prompt_tok`: what it adds to what was said before; `think_s`:
-    pause before it, after the answer before (of a first turn: after its slot's session before);
-    `text`: a given prompt instead of a made one; `abandon_after_s`: the client leaves."""
+    pause before it, after the answer before (the first turn's: what a closed loop's slot rests
+    after the whole session); `text`: a given prompt instead of a made one; `abandon_after_s`: the
+    client leaves."""
 
     prompt_tok: int
     output_tok: int

@@ -61,6 +61,11 @@ class Talk:
         self.turn += 1
         return True
 
+    @property
+    def rest_ns(self) -> int:
+        """How long its slot rests when it is over: its user thinks before the next one, too."""
+        return round(self.planned.turns[0].think_s * 1e9)
+
     def due_ns(self, ended_ns: int, now_ns: int) -> int:
         """When the next turn is due: its user has thought since the last answer's end. Never in
         the past: a slot is free when its answer's end was seen."""

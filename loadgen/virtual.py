@@ -159,8 +159,8 @@ class _LegRun:
         self._sessions = plan.sessions(scenario, leg)
         self._max_inflight = 0 if isinstance(leg.load, Closed) else leg.load.max_inflight
         self._heads: list[plan.Session] = []
-        # (due, order, session) of what is to be sent; None: a slot is free, for the first time?
-        self._due: list[tuple[float, int, _Course | None, bool]] = []
+        # (due, order, session) of what is to be sent; None: a slot is free
+        self._due: list[tuple[float, int, _Course | None]] = []
         self._order = itertools.count()
         self._ready: deque[tuple[float, Request]] = deque()  # that the front end has taken in
         self._flying: dict[int, _Flight] = {}
@@ -174,7 +174,7 @@ class _LegRun:
         if isinstance(leg.load, Closed):
             slots = leg.load.concurrency
             for i in range(slots):
-                self._push(t0_s + leg.warmup_s * i / slots, None, first=True)
+                self._push(t0_s + leg.warmup_s * i / slots, None)
         else:
             self._next_arrival()
 
@@ -284,8 +284,8 @@ class _LegRun:
 
     # ---------------------------------------------------------------------------------- inside
 
-    def _push(self, due_s: float, course: _Course | None, first: bool = False) -> None:
-        heapq.heappush(self._due, (due_s, next(self._order), course, first))
+    def _push(self, due_s: float, course: _Course | None) -> None:
+        heapq.heappush(self._due, (due_s, next(self._order), course))
 
     def _next_arrival(self) -> None:
         session = next(self._sessions, None)
@@ -306,17 +306,14 @@ class _LegRun:
         return True
 
     def _send(self) -> None:
-        due_s, _, course, first = heapq.heappop(self._due)
+        due_s, _, course = heapq.heappop(self._due)
         if course is None:  # a slot is free
             session = next(self._sessions, None)
             if session is None:
                 self._more = False
                 return
             course = _Course(session)
-            if course.what.think_s and not first:
-                self._push(due_s + course.what.think_s, course)
-                return
-        elif course.turn == 0 and not isinstance(self.leg.load, Closed):
+        elif course.turn == 0:
             self._next_arrival()
         what, due_ns = course.what, round(due_s * NS)
         record = RequestRecord(
@@ -343,7 +340,7 @@ class _LegRun:
             course.turn += 1
             self._push(free_s + course.what.think_s, course)
         elif isinstance(self.leg.load, Closed):
-            self._push(free_s, None)
+            self._push(free_s + course.planned.turns[0].think_s, None)
 
     def _submit(self, record: RequestRecord, course: _Course, due_s: float) -> None:
         what, prompt_tok = course.what, record.want_prompt_tok or 0

@@ -272,8 +272,8 @@ class FleetRun:
                  free_ns: int | None, going: Going | None = None) -> tuple[OnLeg, Recorder,
                                                                            Talk] | None:
         """The next request to send, once it is due. Open loop: at its instant in the plan; closed:
-        when its user became free (`free_ns`; None: now), and has thought. `going`: the user's
-        session, which goes on as long as its leg does. None: there is no leg any more."""
+        when its user becomes free (`free_ns`; None: now). `going`: the user's session, which goes
+        on as long as its leg does. None: there is no leg any more."""
         while self.on is not None or self.goes_on:
             if (on := self.on) is None:
                 self._begun.wait()
@@ -354,13 +354,10 @@ class FleetRun:
 
 
 def _due_ns(on: OnLeg, planned: Planned, free_ns: int | None) -> int:
-    """When a session is due: at its instant, or when its user, who had another before, has
-    thought."""
+    """When a session is due: at its instant, or when its user is free."""
     if planned.due_s is not None:
         return on.t0_ns + round(planned.due_s * 1e9)
-    if free_ns is None:
-        return now_ns()
-    return free_ns + round(planned.talk.what.think_s * 1e9)
+    return now_ns() if free_ns is None else free_ns
 
 
 RUNS: "weakref.WeakKeyDictionary[Environment, FleetRun]" = weakref.WeakKeyDictionary()

@@ -88,6 +88,7 @@ class LLMUser(HttpUser):
         if text is None:
             goes_on = talk.keeps and talk.heard(record, recorder.answer().text)
             self._going = (on, talk) if goes_on else None
+            self._free_ns += 0 if goes_on else talk.rest_ns
         if record.outcome is not Outcome.CANCELLED:  # our doing, no request of Locust's
             rows.show(self.environment, record, self._stream.n_bytes)
         return record
