@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from analysis import retention
 from analysis.frame import Run
 from analysis.steps import percent
 from loadgen.record import Outcome
@@ -43,11 +44,13 @@ def figures(run: Run) -> dict[str, Any] | None:
 
 
 def unchecked(run: Run) -> int:
-    """Complete answers of classes with a validator that have no verdict."""
+    """Complete answers of classes with a validator that have no verdict. Of a dialogue only some
+    turns ask for anything."""
     f = run.frame
-    whole = f["cls"].isin([*classes(run)]) & (f["outcome"] == Outcome.OK.value)
+    each = {name for name, check in classes(run).items() if check != retention.CHECK}
+    whole = f["cls"].isin([*each]) & (f["outcome"] == Outcome.OK.value)
     legs = {leg.id for leg, _ in run.legs}
-    return max(0, int(whole.sum()) - sum(v.leg in legs for v in run.verdicts))
+    return max(0, int(whole.sum()) - sum(v.leg in legs and v.cls in each for v in run.verdicts))
 
 
 def _virtual(run: Run) -> bool:

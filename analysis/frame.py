@@ -42,7 +42,8 @@ Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 COLUMNS = (
     "leg", "cls", "session", "turn", "value", "phase", "due_s", "sent_s", "end_s", "ttft_s",
     "ttft_service_s", "tpot_s", "itl_max_s", "e2e_s", "lateness_s", "output_tok", "prompt_tok",
-    "cached_tok", "outcome", "good", "misses", "in_window", "void", "error", "window_tok")
+    "cached_tok", "outcome", "good", "misses", "in_window", "void", "error", "window_tok",
+    "visible_s")
 
 
 class Run(Struct, frozen=True, eq=False):

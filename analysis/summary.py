@@ -21,6 +21,9 @@ from analysis import (
     journals,
     knee,
     otherwise,
+    retention,
+    throttled,
+    visible,
     words,
 )
 from analysis.frame import Run
@@ -82,6 +85,8 @@ def summarise(run: Run) -> dict[str, Any]:
                      for j in run.judgements for f in j.findings],
         "server": deaths.figures(run), "otherwise": msgspec.to_builtins(otherwise.of(run)),
         "gpu": gpus.figures(run), "answers": checked.figures(run),
+        "retention": retention.of(run), "first_visible": visible.of(run),
+        "throttled": throttled.of(run),
         "generator": generator.figures(run), "torn_lines": run.torn})
     return found
 

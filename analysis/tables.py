@@ -8,7 +8,18 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import charts, checked, deaths, gpus, otherwise, phrases, steps
+from analysis import (
+    charts,
+    checked,
+    deaths,
+    gpus,
+    otherwise,
+    phrases,
+    retention,
+    steps,
+    throttled,
+    visible,
+)
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from analysis.words import Answer
@@ -79,6 +90,8 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         yield f'<p class="muted">{escape(checked.NOTE)} {escape(checked.says(run))}</p>'
         yield _table(checked.HEADS, checked.cells(run))
         yield _table(checked.SHOWN_HEADS, checked.examples(run))
+    for part in (retention, visible, throttled):
+        yield from _part(part.TITLE, part.NOTE, part.HEADS, part.cells(run))
     missed = [j for j in run.judgements if j.misses]
     if missed:
         reasons = sorted({x for j in missed for x in j.misses})
@@ -93,6 +106,14 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         yield "<h3>What failed requests were told</h3>"
         yield _table(("outcome", "requests", "message"), (
             [outcome, str(n), error.ljust(LONG + 1)] for (outcome, error), n in said))
+
+
+def _part(title: str, note: str, heads: Iterable[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """A table with its heading; nothing where there is nothing to tell."""
+    if shown := list(rows):
+        yield f"<h2>{escape(title)}</h2>"
+        yield f'<p class="muted">{escape(note)}</p>'
+        yield _table(heads, shown)
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

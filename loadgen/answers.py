@@ -10,7 +10,7 @@ from msgspec import Struct
 from loadgen import expect, outputs, plan, scenario, tasks, validate
 from loadgen.leg import Leg
 from loadgen.prompts import Ratio
-from loadgen.record import RequestRecord
+from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import RequestClass, Scenario
 from loadgen.store import RunFolder, Verdict
 from loadgen.validate import Asked, Came
@@ -22,6 +22,7 @@ class Basis(Struct, frozen=True):
     scenario: Scenario
     ratios: Mapping[str, Ratio]
     seeds: Mapping[str, int]  # of its legs
+    heard: frozenset[tuple[str, int, int]] = frozenset()  # turns that were answered
 
 
 def has_checks(mix: Scenario) -> bool:
@@ -47,6 +48,10 @@ def check(folder: RunFolder, mix: Scenario, ratios: Mapping[str, Ratio], legs: S
         return 0
     known = folder.verdicts()
     basis = Basis(mix, ratios, {leg.id: leg.seed for leg in legs})
+    if any(isinstance(c.validator, expect.Recall) for c in mix.classes):
+        records = list(records)
+        basis = msgspec.structs.replace(basis, heard=frozenset(
+            (r.leg, r.session, r.turn) for r in records if r.outcome is Outcome.OK))
     journal = None
     checked = 0
     for r in records:
@@ -73,7 +78,11 @@ def verdict_on(folder: RunFolder, basis: Basis, r: RequestRecord) -> Verdict | N
     answer = outputs.read(folder.path, r.output_ref)
     if answer is None:
         return None
-    found = validate.check(cls.validator, asked(basis, cls, r, seed),
+    wanted = asked(basis, cls, r, seed)
+    if isinstance(cls.validator, expect.Recall) and (
+            wanted.question is None or not _was_told(basis, r)):
+        return None
+    found = validate.check(cls.validator, wanted,
                            Came(answer, r.finish_reason, r.output_tok))
     return Verdict(leg=r.leg, shard=r.shard, seq=r.seq, session=r.session, turn=r.turn, cls=r.cls,
                    ok=found.ok, kind=found.kind, says=found.says, ref=r.output_ref,
@@ -82,8 +91,11 @@ def verdict_on(folder: RunFolder, basis: Basis, r: RequestRecord) -> Verdict | N
 
 def asked(basis: Basis, cls: RequestClass, r: RequestRecord, seed: int) -> Asked:
     """What the request wanted: the plan's draws once more."""
-    task = plan.task(cls, r.want_prompt_tok or 0, seed, r.session, r.turn)
     check = cls.validator
+    if isinstance(check, expect.Recall):
+        turns = len(_session(basis, cls, r, seed).turns)
+        return Asked(question=plan.question(cls, r.session, turns, r.turn, seed))
+    task = plan.task(cls, _prompt_tok(basis, cls, r, seed), seed, r.session, r.turn)
     if isinstance(check, expect.Json):
         return Asked(schema=tasks.schema_of(cls))
     if isinstance(check, expect.Tool):
@@ -95,9 +107,30 @@ def asked(basis: Basis, cls: RequestClass, r: RequestRecord, seed: int) -> Asked
     return Asked(facts=task.facts if task else (), max_tokens=r.max_tokens)
 
 
+def _session(basis: Basis, cls: RequestClass, r: RequestRecord, seed: int) -> plan.Session:
+    """The session as it was planned; of a class that its user chose, with that class alone."""
+    session = plan.session(basis.scenario, seed, r.session, None)
+    if session.cls == cls.name:
+        return session
+    only = msgspec.structs.replace(basis.scenario, classes=(cls,))
+    return plan.session(only, seed, r.session, None)
+
+
+def _prompt_tok(basis: Basis, cls: RequestClass, r: RequestRecord, seed: int) -> int:
+    """Of the prompt that its turn adds: the record tells it with all that was said before."""
+    if r.turn == 0:
+        return r.want_prompt_tok or 0
+    return _session(basis, cls, r, seed).turns[r.turn].prompt_tok
+
+
+def _was_told(basis: Basis, r: RequestRecord) -> bool:
+    """Every turn before was answered, and so is in the history."""
+    return all((r.leg, r.session, turn) in basis.heard for turn in range(r.turn))
+
+
 def _source(basis: Basis, cls: RequestClass, r: RequestRecord, seed: int) -> str:
     """What was to be translated: the prompt without its nonce and its instruction."""
-    turn = plan.Turn(r.want_prompt_tok or 0, r.max_tokens or 0)
+    turn = plan.Turn(_prompt_tok(basis, cls, r, seed), r.max_tokens or 0)
     prefix = (plan.session(basis.scenario, seed, r.session, None).prefix if cls.shared_prefix
               else ())
     session = plan.Session(r.session, cls.name, None, (turn,) * (r.turn + 1), prefix)

@@ -143,7 +143,8 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
 @click.option("--timestamps", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Open loop at given instants: seconds from the start, one a line.")
 @click.option("--duration", callback=duration, metavar="60s", help="Time that is measured.")
-@click.option("--num-prompts", type=click.IntRange(1), metavar="N", help="Stop after N requests.")
+@click.option("--num-prompts", type=click.IntRange(1), metavar="N",
+              help="Stop after N requests; of classes with turns: after N sessions.")
 @click.option("--warmup", callback=duration, metavar="5s", help="Load before the measurement. "
               "Default: a fifth of the duration, at most 10 s; none with --num-prompts.")
 @click.option("--max-inflight", type=click.IntRange(1), default=4096, show_default=True,
@@ -500,7 +501,15 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     from loadgen.terminal import plain_console  # noqa: PLC0415
 
     try:
-        from analysis import checked, deaths, gpus, summary, words  # noqa: PLC0415
+        from analysis import (  # noqa: PLC0415
+            checked,
+            deaths,
+            gpus,
+            summary,
+            throttled,
+            visible,
+            words,
+        )
 
         finished = summary.finish(folder, slo, report=html)
     except ModuleNotFoundError as e:
@@ -515,7 +524,8 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
-    for said in (checked.says(finished), deaths.sentence(finished), gpus.sentence(finished)):
+    for said in (checked.says(finished), visible.sentence(finished), throttled.sentence(finished),
+                 deaths.sentence(finished), gpus.sentence(finished)):
         if said:
             console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:

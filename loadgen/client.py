@@ -85,10 +85,13 @@ class Client:
         return Flight(self, shot, self._scenario)
 
     async def send(self, shot: Shot) -> RequestRecord:
-        """The record of a request, when it has ended. To give it up, cancel the task: the record
-        is then CANCELLED, with what had come."""
+        """The record of a request, when it has ended."""
+        return await self.fly(self.prepare(shot))
+
+    async def fly(self, flight: Flight) -> RequestRecord:
+        """Sends it; its record, when it has ended. To give it up, cancel the task: the record is
+        then CANCELLED, with what had come."""
         self.direct.glance()  # many slots may send in one turn of the loop
-        flight = self.prepare(shot)
         landed = self.loop.create_future()
         flight.start(lambda: None if landed.done() else landed.set_result(None))
         try:

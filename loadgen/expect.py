@@ -67,4 +67,8 @@ class Repetition(_Check, frozen=True, tag="repetition"):
     min_tokens: Count | None = None
 
 
-Validator = Facts | LengthOf | Python | Json | Tool | Translation | Repetition
+class Recall(_Check, frozen=True, tag="recall"):
+    """Of a dialogue: an answer that is asked for a fact has what was told in an earlier turn."""
+
+
+Validator = Facts | LengthOf | Python | Json | Tool | Translation | Repetition | Recall

@@ -55,8 +55,10 @@ class Flight:
     """One request under way: a Sink for its connection. `record` is there when it has landed."""
 
     def __init__(self, client: Home, shot: Shot, scenario: Scenario) -> None:
-        kept = client.outputs is not None and client.outputs.wants(shot.cls)
-        self.recorder = Recorder(shot, scenario.throttle_status, kept)
+        outputs = client.outputs
+        self._outputs = outputs if outputs is not None and outputs.wants(shot.cls) else None
+        self.recorder = Recorder(shot, scenario.throttle_status,
+                                 shot.keeps or self._outputs is not None)
         self.recorder.stamp_kind = "kernel"  # unless a read says otherwise
         self.record: RequestRecord | None = None
         self._landed: Callable[[], object] | None = None
@@ -278,6 +280,6 @@ class Flight:
         record = self.recorder.end(ended_ns, self._failure, self._error)
         if record.error is not None:
             record.error = self._client.target.scrub(record.error)
-        if self.recorder.keeps and self._client.outputs is not None:
-            record.output_ref = self._client.outputs.keep(record, self.recorder.answer())
+        if self._outputs is not None:
+            record.output_ref = self._outputs.keep(record, self.recorder.answer())
         return record

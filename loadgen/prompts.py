@@ -16,6 +16,7 @@ import numpy as np
 from msgspec import Struct
 
 from loadgen import texts
+from loadgen.dialogue import Line
 from loadgen.scenario import RequestClass
 from loadgen.tasks import LIKE, Task
 
@@ -82,6 +83,7 @@ def build(
     nonce: str,
     prefix: tuple[int, ...] | None = None,
     task: Task | None = None,
+    line: Line | None = None,
 ) -> str:
     """A prompt of about `prompt_tok` tokens, the template's own included; one too short for nonce
     and instruction is as short as it can be.
@@ -91,7 +93,8 @@ def build(
     `prefix`: each id stands for an equal part of `shared_prefix.tokens`, and equal ids give equal
     text whatever `rng` is. A prefix that leaves no room for nonce and instruction is cut.
 
-    With a `task`, its instruction ends the prompt, and its sentences stand in the filler."""
+    With a `task`, its instruction ends the prompt, and its sentences stand in the filler. `line`:
+    what must be said, whole, before and after what fills the prompt."""
     if len(nonce) > NONCE_MAX_CHARS:
         raise ValueError(f"nonce {nonce!r} is longer than {NONCE_MAX_CHARS} characters")
     kind = LIKE[cls.kind]
@@ -108,8 +111,11 @@ def build(
     room = chars - len(opening)
     if task is not None:
         return opening + _with_task(task, kind, cls.language, room, rng)
-    ending = _pick(bank.endings, rng)
-    if len(ending) > room:
+    ending = _pick(bank.endings, rng) if line is None else line.closes
+    if line is not None and line.opens:
+        opening += f"{line.opens}\n\n"
+        room = chars - len(opening)
+    if line is None and len(ending) > room:
         ending = next((e for e in bank.fallbacks if len(e) <= room), bank.fallbacks[-1])
     room -= len(ending) + 2
     if room <= 0:

@@ -145,6 +145,7 @@ class Shot(Struct, frozen=True):
     want_prompt_tok: int | None = None
     max_tokens: int | None = None
     abandon_after_s: float | None = None
+    keeps: bool = False  # what follows needs the answer's text
 
 
 def _gaps_us(stamps_ns: "array[int]") -> list[int]:

@@ -24,6 +24,7 @@ from loadgen.config import to_plain as to_plain
 from loadgen.errors import ScenarioError
 from loadgen.expect import Validator
 from loadgen.presets import SLOS as PRESETS
+from loadgen.sessions import MOST_TURNS, Abandon, Think, normalised
 
 Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
 Count = Annotated[int, Meta(ge=1)]
@@ -98,7 +99,7 @@ class SharedPrefix(_Frozen, frozen=True):
 
 
 Kind = Literal["summary", "code", "json", "chat", "survey", "profile", "tools", "translation",
-               "longest"]
+               "longest", "dialogue"]
 
 
 class RequestClass(_Frozen, frozen=True):
@@ -120,6 +121,9 @@ class RequestClass(_Frozen, frozen=True):
     response_format: Literal["json_object", "json_schema"] | None = None
     tool_choice: Literal["auto", "required", "named"] | None = None
     into: Literal["en", "zh", "fr"] | None = None
+    turns: Length = 1  # requests of a session; lengths above are of what each turn adds
+    think_s: Think | None = field(default=None, name="think")  # before each, after an answer
+    abandon: Abandon | None = None
 
 
 class Closed(_Frozen, frozen=True, tag_field="mode", tag="closed"):
@@ -196,6 +200,11 @@ class Scenario(_Frozen, frozen=True):
     load: Load | None = None
     shape: Shape | None = None  # of a test by Locust
     duration_s: Seconds | None = field(default=None, name="duration")
+
+    @property
+    def thinks(self) -> bool:
+        """Slots of a closed loop rest by plan."""
+        return any(c.think_s is not None for c in self.classes)
 
     def slo_of(self, cls: str) -> Slo:
         """The class's own limits over the scenario's."""
@@ -278,13 +287,15 @@ def parse(raw: object, where: str) -> Scenario:
         raise ScenarioError(f"{where}: classes: the weights sum to nothing; give at least one "
                             "class a weight above 0")
     for c in scenario.classes:
-        for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok)):
+        for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok),
+                            ("turns", c.turns)):
             if isinstance(length, Uniform | Lognormal) and length.min > length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: min {length.min} is more "
                                     f"than max {length.max}; exchange them")
             if isinstance(length, Lognormal) and not length.min <= length.median <= length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: median {length.median} is "
                                     f"not between min {length.min} and max {length.max}")
+        _check_turns(c, f"{where}: class {c.name}")
         _check_kind(c, scenario.endpoint, f"{where}: class {c.name}")
         if c.shared_prefix and c.shared_prefix.tokens >= longest(c.prompt_tok):
             raise ScenarioError(f"{where}: class {c.name}: shared_prefix of "
@@ -295,6 +306,15 @@ def parse(raw: object, where: str) -> Scenario:
         if not due_s or due_s != sorted(due_s):
             raise ScenarioError(f"{where}: load.due: instants must be ascending, and at least one")
     return scenario
+
+
+def _check_turns(c: RequestClass, where: str) -> None:
+    if longest(c.turns) > MOST_TURNS:
+        raise ScenarioError(f"{where}: turns: a session has at most {MOST_TURNS}, not "
+                            f"{longest(c.turns)}")
+    if c.kind == "dialogue" and shortest(c.turns) < 2:
+        raise ScenarioError(f"{where}: kind dialogue tells facts and asks for them later: it needs "
+                            "2 turns or more, as turns = 5")
 
 
 def _check_kind(c: RequestClass, endpoint: str, where: str) -> None:
@@ -315,7 +335,7 @@ def _check_kind(c: RequestClass, endpoint: str, where: str) -> None:
         raise ScenarioError(f"{where}: only kinds json and profile have a schema; write "
                             "response_format = \"json_object\"")
     for needs, kinds in ((expect.Tool, ("tools",)), (expect.Translation, ("translation",)),
-                         (expect.Facts, ("summary", "survey"))):
+                         (expect.Facts, ("summary", "survey")), (expect.Recall, ("dialogue",))):
         if isinstance(check, needs) and kind not in kinds:
             raise ScenarioError(f"{where}: this validator is for kind {' or '.join(kinds)}, "
                                 f"this is {kind}")
@@ -333,7 +353,7 @@ def _named_slos(raw: object, where: str) -> object:
     if isinstance(found.get("slo"), str):
         found["slo"] = _preset(found["slo"], f"{where}: slo")
     if isinstance(found.get("classes"), list):
-        found["classes"] = [_named_slos(c, where) for c in found["classes"]]
+        found["classes"] = [_named_slos(normalised(c), where) for c in found["classes"]]
     return found
 
 
@@ -349,6 +369,12 @@ def longest(length: Length) -> int:
     if isinstance(length, int):
         return length
     return length.tokens if isinstance(length, Fixed) else length.max
+
+
+def shortest(length: Length) -> int:
+    if isinstance(length, int):
+        return length
+    return length.tokens if isinstance(length, Fixed) else length.min
 
 
 def parse_slo(text: str) -> Slo:

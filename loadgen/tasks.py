@@ -28,7 +28,8 @@ class Task(Struct, frozen=True):
 # The texts of these kinds are another one's, but for the instruction.
 LIKE: Final[dict[str, Literal["summary", "code", "json", "chat"]]] = {
     "summary": "summary", "code": "code", "json": "json", "chat": "chat", "survey": "summary",
-    "profile": "chat", "tools": "chat", "translation": "summary", "longest": "summary"}
+    "profile": "chat", "tools": "chat", "translation": "summary", "longest": "summary",
+    "dialogue": "summary"}
 
 PLANTED: Final = {
     "en": ("Key figure: the depot in $city counted $v crates.",

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct
 
-from loadgen import code, expect, repeats, schema
+from loadgen import code, expect, recall, repeats, schema
+from loadgen.dialogue import Question
 from loadgen.openai import Answer
 from loadgen.repeats import CJK
 
@@ -40,7 +41,7 @@ class Finding(Struct, frozen=True):
 class Asked(Struct, frozen=True):
     """What a request wanted of its answer, as its class's check needs it: the figures that were
     planted, what was to be translated and between which languages, the JSON schema, the tool with
-    its parameters' schema, and how many tokens might come."""
+    its parameters' schema, the question of a dialogue, and how many tokens might come."""
 
     facts: tuple[str, ...] = ()
     source: str = ""
@@ -48,6 +49,7 @@ class Asked(Struct, frozen=True):
     schema: dict[str, Any] | None = None
     tool: str | None = None
     tools: dict[str, dict[str, Any]] = {}
+    question: Question | None = None
     max_tokens: int | None = None
 
 
@@ -169,9 +171,18 @@ def repetition(wanted: expect.Repetition, asked: Asked, came: Came) -> Finding:
     return Finding(True, None, says)
 
 
+def recalled(wanted: expect.Recall, asked: Asked, came: Came) -> Finding:
+    del wanted
+    if asked.question is None:
+        return Finding(True, None, "nothing was asked for")
+    kind, says = recall.fault(asked.question, came.answer.text)
+    return Finding(kind is None, kind, says + (came.cut if kind == "forgot a fact" else ""))
+
+
 _CHECKS: dict[type, Callable[[Any, Asked, Came], Finding]] = {
     expect.Facts: facts, expect.LengthOf: length, expect.Python: python, expect.Json: json,
-    expect.Tool: tool, expect.Translation: translation, expect.Repetition: repetition}
+    expect.Tool: tool, expect.Translation: translation, expect.Repetition: repetition,
+    expect.Recall: recalled}
 
 
 # ------------------------------------------------------------------------------------- languages

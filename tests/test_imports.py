@@ -17,13 +17,16 @@ HOUSE = ("loadgen", "servers", "analysis")
 ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
+    "sessions": "config", "dialogue": "",
     "expect": "", "repeats": "", "code": "", "schema": "",
-    "scenario": "config errors expect presets", "presets": "",
+    "scenario": "config errors expect presets sessions", "presets": "",
     "tasks": "expect scenario texts",
-    "prompts": "scenario tasks texts",
+    "prompts": "dialogue scenario tasks texts",
     "leg": "scenario",
     "stages": "scenario",
-    "plan": "leg prompts scenario tasks",
+    "plan": "dialogue leg prompts scenario sessions tasks",
+    "talk": "openai plan prompts record scenario",
+    "recall": "dialogue",
     "openai": "scenario",
     "record": "bulk openai sse",
     "metrics": "record scenario",
@@ -46,7 +49,7 @@ ALLOWED = {
     "answers": "expect leg outputs plan prompts record scenario store tasks validate",
     "flight": "connection deadline net outputs record scenario stamps target",
     "client": "connection dial flight net openai outputs record scenario stamps target",
-    "drive": "client flight leg metrics net openai plan prompts record scenario store",
+    "drive": "client flight leg metrics net plan prompts record scenario store talk",
     "child": "net",
     "shard": "child client drive errors leg net outputs prompts pulse scenario store target",
     "supervise": "errors leg metrics prompts scenario shard store target",
@@ -75,7 +78,7 @@ ALLOWED = {
     "doctor": "calibration headroom metrics rungs selftest",
     "terminal": "", "view": "judge leg supervise",
     "facts": "judge prompts scenario store target",
-    "virtual": "judge leg metrics plan record scenario store supervise telemetry.signs",
+    "virtual": "judge leg metrics plan record scenario store supervise talk telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
     "runner": "answers calibrate errors facts health judge leg prompts ramp record resume scenario "
               "store supervise sweep target telemetry.gpu telemetry.server telemetry.signs unit "
@@ -86,7 +89,7 @@ ALLOWED = {
     "cli": "options calibration campaign cells doctor errors evidence exits judge leg ramp resume "
            "runner scenario store target terminal view",
     "datasets": "errors plan record scenario",
-    "validate": "code expect openai repeats schema",
+    "validate": "code dialogue expect openai recall repeats schema",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
@@ -102,7 +105,7 @@ PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics
         "stages", "deadline", "plan", "prompts", "scenario", "health", "target",
         "expect", "tasks", "validate", "repeats", "code", "schema",
         "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger",
-        "hosts.tallies"}
+        "hosts.tallies", "sessions", "dialogue", "talk", "recall"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}
