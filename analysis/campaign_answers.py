@@ -1,13 +1,11 @@
 """Tables of what the answers are worth: retention over turns, structured output, supported
 features, tasks by kind of error. Made of the findings of a run: leg, session, turn, class, ok,
-kind of error, in the journal that the validators leave."""
+kind of error, as the validators left them."""
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -15,38 +13,25 @@ from scipy import stats
 from analysis.matrix import CONFIDENCE, Matrix, Measured, Table, by_server, frame_of, ran, why_not
 from loadgen.campaign import TableName
 
-JOURNAL = "verdicts.jsonl"
 COLUMNS = ("server", "workload", "repeat", "cls", "session", "turn", "ok", "kind", "says")
 RESAMPLES = 2000
 SURE = 0.95  # share of good answers that its lower bound must reach for a plain yes
+SIMULATED_WORDS = (" The simulator's words are no model's: it remembers and translates nothing, "
+                   "which shows here; JSON and tools' arguments it makes by their schema.")
 INTERVAL = "Low and high: the two-sided 95 % interval of the share (Clopper and Pearson)."
 
 
 def findings(own: Sequence[Measured]) -> pd.DataFrame:
     """A row per checked answer that lies in its leg's window."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for m in ran(own):
         assert m.run is not None
         sample = m.sample
         inside = set(zip(sample["leg"], sample["session"], sample["turn"], strict=True))
         cell = {"server": m.server.name, "workload": m.work.name, "repeat": m.done.cell.repeat}
-        rows += [{**cell, **{k: raw.get(k) for k in COLUMNS[3:]}}
-                 for raw in _lines(m.run.folder.path / JOURNAL)
-                 if (raw["leg"], raw["session"], raw["turn"]) in inside]
+        rows += [{**cell, **{k: getattr(v, k) for k in COLUMNS[3:]}} for v in m.run.verdicts
+                 if (v.leg, v.session, v.turn) in inside]
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """A torn last line is passed over."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            raw = msgspec.json.decode(line)
-        except msgspec.DecodeError:
-            continue
-        if isinstance(raw, dict) and "ok" in raw:
-            found.append(raw)
-    return found
 
 
 def structured_of(f: pd.DataFrame) -> pd.DataFrame:
@@ -78,11 +63,15 @@ def retention_of(f: pd.DataFrame) -> pd.DataFrame:
 
 
 def features_of(f: pd.DataFrame) -> pd.DataFrame:
-    """Per server and workload: yes, partly, no, with how many of how many."""
+    """Per server and workload, of one with several classes each: yes, partly, no, with how many of
+    how many."""
+    several = f.groupby("workload")["cls"].nunique()
+    names = [f"{w}: {c}" if several[w] > 1 else str(w)
+             for w, c in zip(f["workload"], f["cls"], strict=True)]
     rows = []
-    for server, own in f.groupby("server", sort=False):
-        rows.append({"server": server, **{str(w): _supports(part) for w, part in own.groupby(
-            "workload", sort=False)}})
+    for server, own in f.assign(feature=names).groupby("server", sort=False):
+        rows.append({"server": server, **{str(name): _supports(part) for name, part in own.groupby(
+            "feature", sort=False)}})
     return pd.DataFrame(rows)
 
 
@@ -126,21 +115,22 @@ def over_sessions(ok: "np.ndarray[Any, Any]", n: "np.ndarray[Any, Any]") -> tupl
 
 def structured(matrix: Matrix) -> Table:
     return Table("structured", "Structured output", _joined(matrix, "structured", structured_of),
-                 "Of all answers, also those that came under load; an answer that did not come "
-                 f"counts under its outcome. {INTERVAL}")
+                 f"Of the complete answers; failures of requests stand elsewhere. {INTERVAL}")
 
 
 def retention(matrix: Matrix) -> Table:
     return Table("retention", "Retention over turns", _joined(matrix, "retention", retention_of),
                  "Does a later answer use what was said earlier? Low and high: 95 % interval over "
-                 "dialogues (bootstrap), whose questions are not independent.")
+                 "dialogues (bootstrap), whose questions are not independent."
+                 + SIMULATED_WORDS * matrix.simulated)
 
 
 def features(matrix: Matrix) -> Table:
     return Table("features", "Feature support, as tested",
                  _joined(matrix, "features", features_of),
                  "Yes: every answer was right, or the lower 95 % bound of their share is 95 %. "
-                 "Partly: some were. What counts is the answer, not what the server says it can.")
+                 "Partly: some were. What counts is the answer, not what the server says it can."
+                 + SIMULATED_WORDS * matrix.simulated)
 
 
 def _joined(matrix: Matrix, table: TableName, of: Any) -> pd.DataFrame:

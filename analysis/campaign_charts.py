@@ -49,8 +49,8 @@ def _long(f: pd.DataFrame, columns: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _colour(f: pd.DataFrame) -> alt.Color:
-    names = list(dict.fromkeys(f["server"]))
+def _colour(rows: list[dict[str, Any]]) -> alt.Color:
+    names = list(dict.fromkeys(r["server"] for r in rows))
     return alt.Color("server:N", title=None, sort=names, scale=alt.Scale(
         domain=names, range=[COLOURS[i % len(COLOURS)] for i in range(len(names))]),
         legend=None if len(names) == 1 else alt.Legend(labelLimit=260, columns=2))
@@ -94,7 +94,7 @@ def _curve(f: pd.DataFrame, x: str, y: str) -> Chart:
         "server:N", alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y, format=".4g"),
         alt.Tooltip("stable:N", title="stable?")])
     chart: Chart = alt.layer(
-        base.mark_line(strokeWidth=2).encode(color=_colour(f)),
+        base.mark_line(strokeWidth=2).encode(color=_colour(rows)),
         base.mark_point(size=70, filled=True, opacity=1, stroke=theme.PAPER).encode(
             fill=alt.Fill("stable:N", title="stable?", scale=alt.Scale(
                 domain=known, range=[STABLE[k] for k in known]))),
@@ -120,7 +120,7 @@ def _line(f: pd.DataFrame, x: str, y: str) -> Chart:
         x=alt.X("x:Q", title=x, scale=alt.Scale(type="log", base=2),
                 axis=alt.Axis(values=values, format="~s", grid=False)),
         y=_upwards([r["y"] for r in rows]),
-        color=_colour(f), tooltip=["server:N", alt.Tooltip("x:Q", title=x),
+        color=_colour(rows), tooltip=["server:N", alt.Tooltip("x:Q", title=x),
                                    alt.Tooltip("y:Q", title=y, format=".4g")])
     return alt.layer(base.mark_line(strokeWidth=2), base.mark_point(
         filled=True, size=55, opacity=1)).properties(title=y, height=260)

@@ -36,7 +36,7 @@ TABLES: dict[TableName, Callable[[Matrix], Table]] = {  # in the order of the re
 SIMULATED = ("Simulated: figures of the embedded simulator, not of hardware. It has no noise of "
              "its own, so that an interval over repeats shows only the chance of lengths and "
              "arrivals.")
-TEXT_COLUMNS = frozenset({"note", "options", "why it ended", "died of"})
+TEXT_COLUMNS = frozenset({"note", "options", "why it ended", "died of", "repeats itself"})
 TONES = {"yes": "safe", "no": "unsafe", "near": "suspect"}
 
 
@@ -157,10 +157,17 @@ def _section(found: Matrix, t: Table, drawn: list[charts.Chart]) -> Iterator[str
 def _table(t: Table) -> str:
     heads, rows = shown(t)
     top = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(_td(h, c) for h, c in zip(heads, r, strict=True)) + "</tr>"
-                   for r in rows)
+    body = "".join(_tr(heads, r) for r in rows)
     return (f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
             "</table></div>")
+
+
+def _tr(heads: list[str], row: list[str]) -> str:
+    """A row that has nothing but its note says it over the whole width."""
+    if heads[-1] == "note" and row[-1] != "–" and set(row[1:-1]) <= {"–", "not run"}:
+        return (f'<tr><td>{escape(row[0])}</td><td class="text" colspan="{len(heads) - 1}">'
+                f"{escape(row[-1])}</td></tr>")
+    return "<tr>" + "".join(_td(h, c) for h, c in zip(heads, row, strict=True)) + "</tr>"
 
 
 def _td(head: str, cell: str) -> str:

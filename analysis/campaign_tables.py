@@ -149,6 +149,7 @@ def longest_output(matrix: Matrix) -> Table:
             **spread("time, s", [m.answers["e2e_s"].mean() for m in there]),
             **spread("speed, tok/s", [_whole_tok_s(m) for m in there]),
             "why it ended": ", ".join(f"{k} {n}" for k, n in ends.most_common()),
+            "repeats itself": _repetitions(there),
             **_counts(own)})
     return Table("longest_output", "Longest output", frame_of(rows),
                  "Speed: tokens over the whole time of the request. Why it ended: length is the "
@@ -181,7 +182,7 @@ def servers(matrix: Matrix) -> Table:
             "GPUs": f"{s.tensor_parallel} × {s.gpu}" if s.gpu else str(s.tensor_parallel),
             "weights": s.quantization or "16 bit", "context, tokens": s.max_model_len,
             f"price, {matrix.campaign.currency} per GPU-hour": s.price_per_gpu_hour,
-            "options": " ".join(s.options)})
+            "options": " ".join((*s.options, *(s.sim_options if simulated else ())))})
     return Table("servers", "Servers", frame_of(rows))
 
 
@@ -210,6 +211,15 @@ def _finish_reasons(m: Measured) -> list[str]:
     path = m.run.folder.path / "records.parquet"
     found = pd.read_parquet(path, columns=["outcome", "finish_reason"])
     return [str(r or o) for o, r in zip(found["outcome"], found["finish_reason"], strict=True)]
+
+
+def _repetitions(there: list[Measured]) -> str:
+    """How many of the checked answers, and what was found in the first of them."""
+    told = [v for m in there if m.run is not None for v in m.run.verdicts]
+    bad = [v for v in told if not v.ok]
+    if not told:
+        return ""
+    return f"{len(bad)} of {len(told)}" + (f": {bad[0].kind}, {bad[0].says}" if bad else "")
 
 
 def _succeeded(own: list[Measured]) -> str:

@@ -45,9 +45,12 @@ def _deploy(matrix: Matrix) -> Iterator[str]:
         best.sort(key=lambda b: -b[0])
         tok_s, server, load, own = best[0]
         repeats = len([m for m in ran(own) if m.done.cell.load == load])
-        said = (f"{'Most output' if len(best) > 1 else 'Deploy'}: {server} with at most {load:g} "
-                f"requests in flight ({work}); there it is stable, with {tok_s:,.0f} output tok/s "
-                f"and a mean TTFT of {duration(_at(own, load, 'ttft_mean_s'))} ({repeats} "
+        models = {m.server.model for m in cells if m.run is not None}
+        # which of several models is the right one, speed does not say
+        head = (f"Deploy {server}" if len(models) == 1 else f"The most output gives {server}")
+        said = (f"{head}, with at most {load:g} requests in flight: in “{work}” it is stable "
+                f"there, with {tok_s:,.0f} output tok/s and a mean TTFT of "
+                f"{duration(_at(own, load, 'ttft_mean_s'))} ({repeats} "
                 f"repeat{'s' * (repeats != 1)}).")
         if len(best) > 1:
             said += " The others at their largest stable load: " + ", ".join(

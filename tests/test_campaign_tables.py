@@ -23,7 +23,7 @@ from loadgen.campaign import Campaign, Cell, ServerRow, TableName, Workload
 from loadgen.cells import Done, Kept, Refusal
 from loadgen.leg import Ending, Window
 from loadgen.record import Outcome, RequestRecord
-from loadgen.store import Row
+from loadgen.store import Row, RunFolder, Verdict
 from tests import synthetic
 from tests.synthetic import GIB, Plain, S
 
@@ -56,11 +56,11 @@ class Folder:
         from analysis import parquet
 
         parquet.write(out)
-        if verdicts:
-            (out / campaign_answers.JOURNAL).write_bytes(
-                b"".join(msgspec.json.encode({"leg": one.id, "shard": 0, "seq": v["session"],
-                                              "turn": 0, "cls": "code", "says": "", **v}) + b"\n"
-                         for v in verdicts))
+        journal = RunFolder(out).verdicts_journal() if verdicts else None
+        for v in verdicts:
+            assert journal is not None
+            journal.append(Verdict(**{"leg": one.id, "shard": 0, "seq": 0, "turn": 0, "cls": "code",
+                                      "ref": f"x:{v['session']}", **v}))
         self.done.append(Done(Cell(server, work, folder, ("run",), "mix", load, prompt_tok, repeat),
                               "done", code))
         return records
@@ -321,7 +321,7 @@ def test_findings_are_read_from_the_journals_of_runs_and_a_torn_line_is_passed_o
         {"session": 0, "ok": True, "kind": None}, {"session": 1, "ok": False, "kind": "bad"},
         {"session": 99, "ok": False, "kind": "of no record"}])
     folder.cell("two", "a", [0.4])
-    journal = next(tmp_path.glob(f"one/*/{campaign_answers.JOURNAL}"))
+    journal = next(tmp_path.glob("one/*/verdicts.jsonl"))
     journal.write_bytes(journal.read_bytes() + b'{"leg":"to')
     table = campaign_answers.structured(folder.read())
     assert row_of(table, server="one")["trials"] == 2
