@@ -26,7 +26,7 @@ from loadgen.leg import Axis, Leg, Window
 from loadgen.ramp import Conclusion, conclude
 from loadgen.record import RequestRecord
 from loadgen.scenario import Scenario, Slo
-from loadgen.store import Manifest, Row, RunFolder
+from loadgen.store import Manifest, Row, RunFolder, Verdict
 from loadgen.telemetry.signs import (
     GpuSigns,
     gpu_signs_of,
@@ -42,7 +42,8 @@ Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 COLUMNS = (
     "leg", "cls", "session", "turn", "value", "phase", "due_s", "sent_s", "end_s", "ttft_s",
     "ttft_service_s", "tpot_s", "itl_max_s", "e2e_s", "lateness_s", "output_tok", "prompt_tok",
-    "cached_tok", "outcome", "good", "misses", "in_window", "void", "error", "window_tok")
+    "cached_tok", "outcome", "good", "misses", "in_window", "void", "error", "window_tok",
+    "visible_s")
 
 
 class Run(Struct, frozen=True, eq=False):
@@ -66,6 +67,7 @@ class Run(Struct, frozen=True, eq=False):
     gpus: list[GpuSigns]  # likewise
     states: list[Row]  # of the server, as they changed
     gpu_loaded_bytes: float | None  # memory after load: when the server was ready
+    verdicts: list[Verdict] = []  # on answers, where classes have validators
 
     def sample(self, *legs: str) -> pd.DataFrame:
         f = self.frame
@@ -105,16 +107,18 @@ def load(path: Path, slo: Slo | None = None) -> Run:
     states = sorted((r for r in told if r.source == "state"), key=lambda r: r.t_ns)
     ready_ns = next((r.t_ns for r in states if r.name == "READY"), None)
     signs = [signs_of(window, telemetry.get("server", {})) for _, window in legs]
+    verdicts = [*folder.verdicts().values()]
     t0_ns = min((w.t0_ns for _, w in legs if w.t0_ns), default=0)
     found = journals.all_judged([
-        LegTask(leg, window, said, where.get(leg.id, ()), mix, criteria, t0_ns)
+        LegTask(leg, window, said, where.get(leg.id, ()), mix, criteria, t0_ns,
+                {v.ref: v.wrong for v in verdicts if v.leg == leg.id and v.wrong})
         for (leg, window), said in zip(legs, signs, strict=True)])
     return Run(folder, manifest, mix, criteria, legs, _frame(legs, found),
                [x.judgement for x in found], signs, telemetry, t0_ns,
                folder.torn + sum(x.torn for x in found),
                {leg.id: x.gaps for (leg, _), x in zip(legs, found, strict=True)},
                [x.peak for x in found], [gpu_signs_of(window, cards) for _, window in legs], states,
-               loaded_bytes(cards, ready_ns))
+               loaded_bytes(cards, ready_ns), verdicts)
 
 
 def _with_windows(legs: Sequence[tuple[Leg, Window | None]],

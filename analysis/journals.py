@@ -40,6 +40,7 @@ class LegTask(Struct, frozen=True):
     scenario: Scenario
     criteria: Criteria
     t0_ns: int
+    wrong: Mapping[str, str] = {}  # kinds of error of answers, by where they are kept
 
 
 class LegResult(Struct, frozen=True):
@@ -117,6 +118,9 @@ def judged(task: LegTask) -> LegResult:
 def _judged(task: LegTask) -> LegResult:
     reader = Reader(task.stretches, task.window)
     records = [r for batch in reader.batches() for r in batch]
+    if task.wrong:
+        for r in records:
+            r.wrong = task.wrong.get(r.output_ref or "")
     parts = [_columns(records[i:i + ROWS], task) for i in range(0, len(records), ROWS)]
     texts, said = _texts(records, task.scenario)
     columns = {name: np.concatenate([np.empty(0, kind), *(p[name] for p in parts)])
@@ -129,7 +133,7 @@ def _judged(task: LegTask) -> LegResult:
 
 NUMBERS = ("session", "turn", "due_s", "sent_s", "end_s", "ttft_s", "ttft_service_s", "tpot_s",
            "itl_max_s", "e2e_s", "lateness_s", "output_tok", "prompt_tok", "cached_tok",
-           "window_tok")
+           "window_tok", "visible_s")
 _KIND: dict[str, Any] = {**dict.fromkeys(NUMBERS, float), "in_window": bool, "void": bool}
 
 
@@ -141,7 +145,8 @@ def _columns(records: Sequence[Digest], task: LegTask) -> dict[str, Column]:
 
     since = metrics.seconds_between
     at = {x: np.array([np.nan if (ns := getattr(r, f"{x}_ns")) is None else ns - task.t0_ns
-                       for r in records], float) for x in ("due", "sent", "first", "end")}
+                       for r in records], float)
+          for x in ("due", "sent", "first", "first_visible", "end")}
     events, output = column("n_events"), column("output_tok")
     many = (events >= 2) & (output >= 2)
     ok = np.array([r.outcome is Outcome.OK for r in records], bool)
@@ -151,6 +156,7 @@ def _columns(records: Sequence[Digest], task: LegTask) -> dict[str, Column]:
     return {
         "session": column("session"), "turn": column("turn"),
         **{f"{x}_s": since(np.zeros(len(records)), at[x]) for x in ("due", "sent", "end")},
+        "visible_s": since(at["due"], at["first_visible"]),
         "ttft_s": since(at["due"], at["first"]), "ttft_service_s": since(at["sent"], at["first"]),
         "tpot_s": np.divide(column("sum_us") / 1e6, output - 1, where=many, out=nan.copy()),
         "itl_max_s": longest / 1e6,

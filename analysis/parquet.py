@@ -18,7 +18,8 @@ from loadgen.errors import StoreError
 from loadgen.record import RequestRecord
 from loadgen.store import RunFolder
 
-TEXT = ("leg", "cls", "outcome", "stamp_kind", "tok_source", "finish_reason", "error", "output_ref")
+TEXT = ("leg", "cls", "outcome", "stamp_kind", "tok_source", "finish_reason", "error", "output_ref",
+        "wrong")
 LISTS = ("gaps_us", "reads", "event_tok")
 FIELDS = [f.name for f in msgspec.structs.fields(RequestRecord)]
 INTS = pa.list_(pa.int32())
@@ -52,7 +53,7 @@ def write(folder: Path) -> Path:
 
 def _records(folder: RunFolder) -> Iterable[Digest]:
     """Of the lines that are records: their lists as they stand there."""
-    apart = folder.apart()
+    apart, verdicts = folder.apart(), folder.verdicts()
     for path in sorted(folder.path.glob("records-*.jsonl")):
         for line, end in folder.lines(path, 0):
             if line.startswith(b'{"schema":'):
@@ -64,6 +65,8 @@ def _records(folder: RunFolder) -> Iterable[Digest]:
             if apart.moves:
                 record.leg, shift_ns = apart.of(path.name, end - len(line), record.leg)
                 record.shift(shift_ns)
+            if record.output_ref in verdicts:
+                record.wrong = verdicts[record.output_ref].wrong
             yield record
 
 

@@ -6,6 +6,7 @@ from analysis.frame import Run
 from loadgen.scenario import Slo
 
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "event gap", "e2e": "E2E"}
+MISSES = {**NAMES, "answer": "an answer that is not valid"}
 NOT_OURS = {  # rules of a measurement that is INVALID, and no fault of the generator's
     "foreign-load": "somebody else loaded the server",
     "prompts-reused": "the server's prefix cache knew the prompts"}

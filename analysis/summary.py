@@ -12,6 +12,7 @@ import msgspec
 
 from analysis import (
     ceiling,
+    checked,
     ci,
     deaths,
     frame,
@@ -22,10 +23,15 @@ from analysis import (
     knee,
     limits,
     otherwise,
+    retention,
+    throttled,
+    visible,
     words,
 )
 from analysis.frame import Run
+from loadgen import answers
 from loadgen.scenario import Slo
+from loadgen.store import RunFolder
 
 SCHEMA = 1
 
@@ -33,6 +39,7 @@ SCHEMA = 1
 def finish(path: Path, slo: Slo | None = None, report: bool = True) -> Run:
     """Loads the run in `path` and writes all that follows from it; summary.json comes last, so
     that one without it did not finish. Raises StoreError, ScenarioError."""
+    answers.complete(RunFolder(path))
     with _parquet(path):
         run = frame.load(path, slo)
     if report:
@@ -83,7 +90,9 @@ def summarise(run: Run) -> dict[str, Any]:
         "findings": [{"leg": j.leg, **msgspec.to_builtins(f)}
                      for j in run.judgements for f in j.findings],
         "server": deaths.figures(run), "otherwise": msgspec.to_builtins(otherwise.of(run)),
-        "gpu": gpus.figures(run),
+        "gpu": gpus.figures(run), "answers": checked.figures(run),
+        "retention": retention.of(run), "first_visible": visible.of(run),
+        "throttled": throttled.of(run),
         "generator": generator.figures(run), "torn_lines": run.torn})
     return found
 

@@ -8,7 +8,18 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import charts, deaths, gpus, otherwise, phrases, steps
+from analysis import (
+    charts,
+    checked,
+    deaths,
+    gpus,
+    otherwise,
+    phrases,
+    retention,
+    steps,
+    throttled,
+    visible,
+)
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
 from analysis.words import Answer
@@ -74,12 +85,19 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         yield "<h2>By class</h2>"
         yield table(("class", "level", "n", "met the SLO", "TTFT p50", "TPOT p50", "E2E p50",
                       "output tokens p50"), _classes(run))
+    if checked.says(run):
+        yield "<h2>Answers</h2>"
+        yield f'<p class="muted">{escape(checked.NOTE)} {escape(checked.says(run))}</p>'
+        yield table(checked.HEADS, checked.cells(run))
+        yield table(checked.SHOWN_HEADS, checked.examples(run))
+    for part in (retention, visible, throttled):
+        yield from _part(part.TITLE, part.NOTE, part.HEADS, part.cells(run))
     missed = [j for j in run.judgements if j.misses]
     if missed:
         reasons = sorted({x for j in missed for x in j.misses})
         yield "<h2>Misses by reason</h2>"
         yield '<p class="muted">A request may break several limits.</p>'
-        yield table(("leg", "n", "missed", *(phrases.NAMES.get(x, x) for x in reasons)),
+        yield table(("leg", "n", "missed", *(phrases.MISSES.get(x, x) for x in reasons)),
                      ([j.leg, str(j.n), str(j.n - j.good),
                        *(str(j.misses.get(x, "")) for x in reasons)] for j in missed))
     f = run.frame[run.frame["error"] != ""]
@@ -88,6 +106,14 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         yield "<h3>What failed requests were told</h3>"
         yield table(("outcome", "requests", "message"), (
             [outcome, str(n), error.ljust(LONG + 1)] for (outcome, error), n in said))
+
+
+def _part(title: str, note: str, heads: Iterable[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """A table with its heading; nothing where there is nothing to tell."""
+    if shown := list(rows):
+        yield f"<h2>{escape(title)}</h2>"
+        yield f'<p class="muted">{escape(note)}</p>'
+        yield table(heads, shown)
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -4,7 +4,7 @@ what stands in the way of more, what to do."""
 from collections.abc import Sequence
 
 from analysis.frame import Run
-from analysis.phrases import NAMES, NOT_OURS, count, daily, load_of, slo_of
+from analysis.phrases import MISSES, NOT_OURS, count, daily, load_of, slo_of
 from analysis.steps import percent
 from loadgen import metrics, ramp
 from loadgen.evidence import bounds_of
@@ -153,7 +153,7 @@ def cause(run: Run, j: Judgement) -> str:
     left = {k: n for k, n in j.misses.items() if k != "CANCELLED"}
     worst = max(left, key=lambda k: left[k], default=None)
     waits = signs.waiting_mean is not None and signs.waiting_mean > WAITING
-    why = "" if worst is None else f": most misses are by {NAMES.get(worst, worst)}"
+    why = "" if worst is None else f": most misses are by {MISSES.get(worst, worst)}"
     queue = f", and {signs.waiting_mean:.3g} requests wait in the server's queue" if waits else ""
     return f"{share}{why}{queue}."
 

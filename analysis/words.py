@@ -15,7 +15,7 @@ from analysis.ceiling import Ceiling
 from analysis.frame import Run
 from analysis.knee import Knee
 from analysis.limits import Binding
-from analysis.phrases import NAMES, NOT_OURS, load_of, slo_of
+from analysis.phrases import MISSES, NOT_OURS, load_of, slo_of
 from analysis.steps import percent
 from loadgen import metrics, ramp
 from loadgen.evidence import bounds_of
@@ -168,7 +168,8 @@ def _unsafe(run: Run, usable: Sequence[Judgement], level: float, met: str) -> st
     left = worst.misses.get("CANCELLED", 0)
     broke = sorted(((k, n) for k, n in worst.misses.items() if k != "CANCELLED"),
                    key=lambda x: -x[1])[:2]
-    why = [f"missed {' and '.join(f'{n} by {NAMES.get(k, k)}' for k, n in broke)}"] if broke else []
+    by = " and ".join(f"{n} by {MISSES.get(k, k)}" for k, n in broke)
+    why = [f"missed {by}"] if broke else []
     why += [f"{left} were in flight when the level was given up"] if left else []
     only = "only " if worst.good > 0 and worst.upper < run.criteria.target else ""
     return (f"At {level:g}, {only}{share} {met}" + (f" ({'; '.join(why)})" if why else "")

@@ -73,12 +73,14 @@ class Balance(Struct, frozen=True):
 
 
 def of(leg: Leg, window: Window, sample: Sequence[RequestRecord],
-       records: Sequence[RequestRecord], counted: Counted | None = None) -> Balance:
-    """`sample`: those due in the window, voided ones left out; `records`: all of the leg's."""
+       records: Sequence[RequestRecord], counted: Counted | None = None,
+       rests: bool = False) -> Balance:
+    """`sample`: those due in the window, voided ones left out; `records`: all of the leg's;
+    `rests`: slots do so by plan, while their users think."""
     late = [x for r in sample if (x := own_lateness_s(r)) is not None]
     waits = [(r.connect_wait_ns or 0) / 1e9 for r in sample if r.sent_ns is not None]
     asked, begun = _starts(leg, window, records)
-    mean, slots, turnaround = _slots(leg, window, records)
+    mean, slots, turnaround = _slots(leg, window, records, rests)
     residual, tolerance = _little(window, records)
     mine = counted if counted is not None and window.alone else Counted()
     return Balance(
@@ -130,21 +132,23 @@ def _starts(leg: Leg, window: Window,
             records: Sequence[RequestRecord]) -> tuple[float | None, int | None]:
     """Starts of an open loop that were asked for in the window, and that were made in it. Asked
     for is what was due; a generator that fell so far behind that it never came to its plan's end
-    left no records there, so it is what the rate makes likely, where that is more."""
+    left no records there, so it is what the rate makes likely, where that is more. The rate is of
+    sessions; their later turns are due when answers let them."""
     if not isinstance(leg.load, Open | Trace):
         return None, None
     a, b = window.from_ns, window.to_ns
     begun = sum(x is not None and a <= x < b for x in map(begun_ns, records))
-    due = sum(a <= r.due_ns < b for r in records)
-    asked = float(due)
+    arrived = sum(a <= r.due_ns < b and not r.turn for r in records)
+    later = sum(a <= r.due_ns < b and r.turn > 0 for r in records)
+    asked = float(arrived)
     if isinstance(leg.load, Trace):
         whole = sum(a <= window.t0_ns + round(s * 1e9) < b for s in leg.load.due_s)
         asked = max(asked, whole if leg.num_sessions is None else 0)
     elif leg.num_sessions is None:
         mean = leg.load.rate_rps * (b - a) / 1e9
         cv = {"constant": 0.0, "gamma": leg.load.cv}.get(leg.load.arrivals, 1.0)
-        asked = mean if due < mean - CHANCE * cv * math.sqrt(mean) - 1 else asked
-    return asked, begun
+        asked = mean if arrived < mean - CHANCE * cv * math.sqrt(mean) - 1 else asked
+    return asked + later, begun
 
 
 def begun_ns(r: RequestRecord) -> int | None:
@@ -157,19 +161,19 @@ def begun_ns(r: RequestRecord) -> int | None:
 # --------------------------------------------------------------------------------- in flight
 
 
-def _slots(leg: Leg, window: Window, records: Sequence[RequestRecord],
+def _slots(leg: Leg, window: Window, records: Sequence[RequestRecord], rests: bool,
            ) -> tuple[float | None, float | None, float | None]:
     """Requests in flight in the mean while the host did not stand still; for a closed loop, of
-    its slots, and how long a slot was empty between two requests; that not where requests were
-    dropped, which is why slots are empty then."""
+    its slots, and how long a slot was empty between two requests; that not where slots rest by
+    plan, nor where requests were dropped, which is why they are empty then."""
     clear = _clear(window)
     length_ns = sum(b - a for a, b in clear)
     if not length_ns or not records:
         return None, None, None
     flying_ns = sum(_inside(r, clear) for r in records)
     mean = flying_ns / length_ns
-    if not isinstance(leg.load, Closed) or not window.alone or leg.num_sessions is not None or any(
-            r.turn or r.outcome is Outcome.DROPPED for r in records) or lingered(window):
+    if not isinstance(leg.load, Closed) or not window.alone or leg.num_sessions is not None or (
+            rests) or any(r.outcome is Outcome.DROPPED for r in records) or lingered(window):
         return mean, None, None
     slots = leg.load.concurrency
     starts = sum(x is not None and any(a <= x < b for a, b in clear)

@@ -6,7 +6,9 @@ JSON string, is left to the slow path.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import msgspec
 
 _KEYS = (b'"content":', b'"text":', b'"reasoning_content":', b'"reasoning":')
 _CHAR = rb'\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'  # escaped; no half of a pair
@@ -14,6 +16,7 @@ _TEXT = re.compile(rb' ?"((?:[^"\\\x00-\x1f]|' + _CHAR + rb')*)"')
 _LAST = 4  # finish, usage, [DONE], and one more
 _ODD = re.compile(rb'["\\\x00-\x1f]').search
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*\Z').match
+_decode = msgspec.json.Decoder(str).decode
 _ESCAPED = re.compile(rb'(?:[^"\\\x00-\x1f]++|' + _CHAR + rb')*+\Z').match
 
 
@@ -45,6 +48,14 @@ class Template:
         ends = list(itertools.accumulate(sizes, initial=start))[1:]
         nth = next((i for i, text in enumerate(texts) if text), None)
         return ends, None if nth is None or self._hidden else ends[nth]
+
+    def said(self, events: Iterable[bytes]) -> str:
+        """The visible text of such events, which `whole` or `run` has taken for that."""
+        if self._hidden:
+            return ""
+        first, last = len(self._before), -len(self._after) - 2
+        text: str = _decode(b'"%b"' % b"".join([event[first:last] for event in events]))
+        return text
 
     def _texts(self, events: list[bytes], ending: bytes, gap: bytes) -> list[bytes]:
         """Of the first events that are nothing but the template with a text. They end with

@@ -18,7 +18,6 @@ from loadgen.errors import (
     INTERRUPTED,
     INVALID,
     PASS,
-    PRECEDENCE,
     SLO_MISSED,
     USAGE,
     FolderError,
@@ -30,6 +29,7 @@ from loadgen.errors import (
 )
 from loadgen.leg import Leg
 from loadgen.options import (
+    LENT,
     WORDS,
     Group,
     asked_for,
@@ -113,9 +113,9 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     if (max_concurrency is None) == (max_rate is None):
         raise click.UsageError("give --max-concurrency N or --max-rate R")
     axis: Literal["concurrency", "rate"] = "rate" if max_rate else "concurrency"
-    if unit_step and (axis == "rate" or options["virtual"]):
+    if unit_step and axis == "rate":
         raise click.UsageError("--unit-step counts concurrent requests of a server that can die: "
-                               "give --max-concurrency, and no --virtual")
+                               "give --max-concurrency")
     ladder = levels_of(levels, float(max_concurrency or max_rate or 0), axis)
 
     def search(session: Any, view: Any) -> Any:
@@ -144,7 +144,8 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
 @click.option("--timestamps", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Open loop at given instants: seconds from the start, one a line.")
 @click.option("--duration", callback=duration, metavar="60s", help="Time that is measured.")
-@click.option("--num-prompts", type=click.IntRange(1), metavar="N", help="Stop after N requests.")
+@click.option("--num-prompts", type=click.IntRange(1), metavar="N",
+              help="Stop after N requests; of classes with turns: after N sessions.")
 @click.option("--warmup", callback=duration, metavar="5s", help="Load before the measurement. "
               "Default: a fifth of the duration, at most 10 s; none with --num-prompts.")
 @click.option("--max-inflight", type=click.IntRange(1), default=4096, show_default=True,
@@ -392,44 +393,66 @@ def scenarios(name: str | None) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Campaign folder. Default: runs/NAME.")
-def campaign(file: Path, out: Path | None) -> None:
-    """Run a list of sweeps and runs, one after the other; ends in one table.
+@click.option("--report-only", is_flag=True,
+              help="Run nothing: remake tables and report from the folder.")
+def campaign(file: Path, out: Path | None, report_only: bool) -> None:
+    """Servers × workloads × repeats, one after the other; ends in one comparative report.
 
-    Started again, it goes on with the first run that is not complete.
+    Started again, it goes on with the first cell that is not complete.
 
     \b
-    loadgen campaign scenarios/campaigns/gpus.toml
+    loadgen campaign scenarios/campaigns/s2.toml
+    loadgen campaign scenarios/campaigns/s2.toml --report-only
     """
-    import csv  # noqa: PLC0415
-
     from loadgen import campaign as campaigns  # noqa: PLC0415
+    from loadgen import cells  # noqa: PLC0415
 
     planned = campaigns.load(file)
     folder = out or Path("runs") / planned.name
-    codes = []
-    for r, code, again in campaigns.execute(planned, folder, _invoke, click.echo):
-        codes.append(code)
-        click.echo(f"{r.name}: {'' if again else 'complete already, '}exit code {code}")
-        if code == INTERRUPTED:
-            break
-    rows = campaigns.summaries(planned, folder)
-    with (folder / "campaign.csv").open("w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([campaigns.COLUMNS, *rows])
-    (folder / "campaign.md").write_text(campaigns.markdown(rows), encoding="utf-8")
-    click.echo("\n" + campaigns.markdown(rows))
-    raise SystemExit(next(c for c in PRECEDENCE if c in codes))
+    if not report_only:
+        for done, again in cells.execute(planned, folder, _invoke, _lend, click.echo):
+            said = done.outcome if done.outcome != "done" else f"exit code {done.code}"
+            click.echo(f"{done.cell.folder}: {'' if again else 'complete already, '}{said}")
+    kept = cells.read(folder)
+    from analysis import campaign_report  # noqa: PLC0415
+
+    for sentence in campaign_report.write(folder):
+        click.echo(sentence)
+    click.echo(f"Report: {folder / 'report.html'}")
+    raise SystemExit(cells.exit_code(kept.campaign, kept.cells))
 
 
 # -------------------------------------------------------------------------------------- inside
 
 
-def _invoke(words: list[str]) -> int:
-    """One command, to its exit code; an error is said as it would be alone."""
+def _invoke(words: list[str], server: Any) -> tuple[int, str]:
+    """One command with a server that is lent to it, to its exit code and what the operator must
+    know; an error is said as it would be alone."""
     try:
-        entry(words)
+        main(words, standalone_mode=False, obj=server)
+    except LoadgenError as e:
+        click.echo(f"loadgen: {e}", err=True)
+        return _EXIT.get(type(e), USAGE), str(e)
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED, "interrupted"
+    except click.ClickException as e:
+        e.show()
+        return USAGE, e.format_message()
     except SystemExit as e:
-        return e.code if isinstance(e.code, int) else USAGE
-    return PASS
+        return (e.code if isinstance(e.code, int) else USAGE), ""
+    except Exception as e:  # noqa: BLE001  (one cell's bug is not the end of the others)
+        traceback.print_exc()
+        return INVALID, f"{type(e).__name__}: {e}"
+    return PASS, ""
+
+
+def _lend(words: list[str], log: Path) -> Any:
+    """The server of a cell's words, to be started once for several cells; None: each makes its
+    own, which costs nothing."""
+    options, own = asked_for(main, words, ("run", "sweep"))
+    if options["virtual"] or options["base_url"]:
+        return None
+    return server_of(options, own, log.parent)
 
 
 def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], do: Any,
@@ -442,7 +465,7 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     from loadgen.terminal import plain_console  # noqa: PLC0415
     from loadgen.view import View  # noqa: PLC0415
 
-    chosen = scenario.load(name)
+    chosen = scenario.load(name).with_lengths(options["prompt_tokens"], options["output_tokens"])
     if slo := slo_of(options["slos"]):
         chosen = chosen.with_slo(slo)
     console, found = plain_console(), calibration.load()
@@ -453,7 +476,8 @@ def _measure(name: str, server_options: Sequence[str], options: dict[str, Any], 
     out: Path = options["out"] or Path("runs") / _run_name(chosen)
     seed = options["seed"] if options["seed"] is not None else secrets.randbelow(2**31)
     session = Session(
-        scenario=chosen, server=server_of(options, server_options, out), out=out,
+        scenario=chosen, out=out, server=click.get_current_context().meta[LENT] or server_of(
+            options, server_options, out),
         criteria=Criteria(target=options["target"], calibration=found.calibration), seed=seed,
         model=None if launches(options) else options["model"],
         headers=headers_of(options), processes=processes_of(
@@ -510,7 +534,15 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     from loadgen.terminal import plain_console  # noqa: PLC0415
 
     try:
-        from analysis import deaths, gpus, summary, words  # noqa: PLC0415
+        from analysis import (  # noqa: PLC0415
+            checked,
+            deaths,
+            gpus,
+            summary,
+            throttled,
+            visible,
+            words,
+        )
 
         finished = summary.finish(folder, slo, report=html)
     except ModuleNotFoundError as e:
@@ -525,7 +557,8 @@ def _conclude(folder: Path, slo: Slo | None, html: bool, result: Any = None) -> 
     console.print()
     for paragraph in words.verdict(finished):
         console.print(paragraph, soft_wrap=not console.is_terminal, highlight=False)
-    for said in (deaths.sentence(finished), gpus.sentence(finished)):
+    for said in (checked.says(finished), visible.sentence(finished), throttled.sentence(finished),
+                 deaths.sentence(finished), gpus.sentence(finished)):
         if said:
             console.print(said, style="dim", soft_wrap=not console.is_terminal, highlight=False)
     if result is not None and result.says:

@@ -18,6 +18,7 @@ from loadgen.connection import Connection, Tally
 from loadgen.dial import connect, context_of, proxy_header
 from loadgen.flight import Flight
 from loadgen.net import now_ns
+from loadgen.outputs import Outputs
 from loadgen.record import RequestRecord, Shot
 from loadgen.scenario import Scenario
 from loadgen.target import Target
@@ -30,8 +31,10 @@ _SLICE_NS = 300_000
 class Client:
     """One pool of connections to one target. Use as `async with Client(…) as client`."""
 
-    def __init__(self, target: Target, scenario: Scenario) -> None:
+    def __init__(self, target: Target, scenario: Scenario,
+                 outputs: Outputs | None = None) -> None:
         self.target = target
+        self.outputs = outputs  # which answers are kept, and where
         self.inflight = 0
         self._flown_ns, self._counted_ns = 0, now_ns()
         self.tally = Tally()
@@ -82,10 +85,13 @@ class Client:
         return Flight(self, shot, self._scenario)
 
     async def send(self, shot: Shot) -> RequestRecord:
-        """The record of a request, when it has ended. To give it up, cancel the task: the record
-        is then CANCELLED, with what had come."""
+        """The record of a request, when it has ended."""
+        return await self.fly(self.prepare(shot))
+
+    async def fly(self, flight: Flight) -> RequestRecord:
+        """Sends it; its record, when it has ended. To give it up, cancel the task: the record is
+        then CANCELLED, with what had come."""
         self.direct.glance()  # many slots may send in one turn of the loop
-        flight = self.prepare(shot)
         landed = self.loop.create_future()
         flight.start(lambda: None if landed.done() else landed.set_result(None))
         try:

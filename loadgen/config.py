@@ -103,7 +103,8 @@ def _plainly(text: str, into: Any, at: str, raw: object) -> str:
     if choices := [str(c) for kind in kinds for c in _literals(kind)]:
         return f"{value!r} is not one of: {', '.join(choices)}{nearest(str(value), choices)}"
     if "| object`" in text or "`int | object" in text:
-        return f"{value!r}: write a whole number of tokens, or {{ dist = … }}"
+        what = "turns" if at.endswith("turns") else "tokens"
+        return f"{value!r}: write a whole number of {what}, or {{ dist = … }}"
     if "regex" in text:
         return f"{value!r}: use letters, digits, _ . and - only, and not too many"
     return text

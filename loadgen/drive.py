@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from loadgen import metrics, openai, plan
+from loadgen import metrics, plan
 from loadgen.client import Client
 from loadgen.flight import Flight
 from loadgen.leg import Leg
@@ -24,6 +24,7 @@ from loadgen.prompts import Ratio
 from loadgen.record import Outcome, RequestRecord, Shot
 from loadgen.scenario import Closed, Open, Scenario, Slo, Trace
 from loadgen.store import Journal
+from loadgen.talk import Talk
 
 LOOKAHEAD = 64  # bodies built ahead
 ARM_NS = 50_000_000  # an open loop's start is set so long before it is due …
@@ -60,15 +61,16 @@ class LegRun:
         self.done = self.done_good = self.sampled = self.good = 0
         self._awaited = 0  # measured requests that were started and have not ended
         self._pending: dict[object, int] = {}  # due instants that somebody sleeps to
-        self._armed = self._aloft = 0  # starts that are set, requests that were sent of them …
-        self._down = asyncio.Event()  # … all of which have landed
+        self._armed = self._aloft = 0  # starts that are set, sessions that were begun of them …
+        self._down = asyncio.Event()  # … all of which are over
+        self._sent = 0  # an open loop's requests in flight
         self._walked_ns = math.inf if isinstance(leg.load, Closed) else -math.inf  # by due instants
         self.outcomes: Counter[str] = Counter()
         self._from_ns = t0_ns + round(leg.warmup_s * 1e9)
         self._to_ns = (None if leg.measure_s is None or leg.num_sessions is not None
                        else self._from_ns + round(leg.measure_s * 1e9))
         planned = plan.sessions(work.scenario, leg, work.shard, work.of)
-        self._prepared = _Lookahead(planned, self._bodies, LOOKAHEAD)
+        self._prepared = _Lookahead(planned, self._talk, LOOKAHEAD)
 
     async def run(self) -> None:
         """To the end of the last request. Cancelled requests end as CANCELLED records."""
@@ -163,81 +165,88 @@ class LegRun:
         be a burst that no closed loop has later."""
         due_ns = self.t0_ns + round(self.leg.warmup_s * 1e9 * slot / slots)
         while await self._wait_until(due_ns):
-            ready = self._prepared.next()
-            if ready is None:
+            talk = self._prepared.next()
+            if talk is None:
                 return
-            planned, bodies = ready
-            for turn, body in enumerate(bodies):
-                due_ns += round(planned.turns[turn].think_s * 1e9)
+            goes_on = True
+            while goes_on:
                 if not await self._wait_until(due_ns):
                     return
-                outcome = await self._send(self._shot(planned, turn, body, due_ns))
-                due_ns = now_ns() + (REFUSED_PAUSE_NS if outcome in _REFUSED else 0)
+                record, goes_on = await self._send(talk, due_ns)
+                free_ns = now_ns() + (REFUSED_PAUSE_NS if record.outcome in _REFUSED else 0)
+                due_ns = (talk.due_ns(record.end_ns, free_ns) if goes_on
+                          else max(free_ns, record.end_ns + talk.rest_ns))
 
     async def _schedule(self, max_inflight: int) -> None:
         """An open loop: sets each start a little ahead of its instant; it is the loop's alarm that
         sends it, whatever else there is to do."""
-        while (ready := self._prepared.next()) is not None:
-            planned, bodies = ready
-            self._walked_ns = due_ns = self.t0_ns + round((planned.due_s or 0.0) * 1e9)
+        while (talk := self._prepared.next()) is not None:
+            self._walked_ns = due_ns = self.t0_ns + round((talk.planned.due_s or 0.0) * 1e9)
             if due_ns - now_ns() < ARM_NS + ARM_TOGETHER_NS:
                 await asyncio.sleep(0)  # who is late must not keep sockets and commands waiting
             elif not await self._wait_until(due_ns - ARM_NS, due_ns):
                 return
             if self.stopping.is_set():
                 return
-            shot = self._shot(planned, 0, bodies[0], due_ns, seq=-1)  # it has one when it starts
+            shot = self._shot(talk, due_ns, seq=-1)  # it has one when it starts
             self._armed += 1
             self._awaited += self._measures(due_ns)
             self.work.client.direct.alarm(due_ns, functools.partial(
-                self._start, planned, bodies, self.work.client.prepare(shot), max_inflight))
+                self._start, talk, self.work.client.prepare(shot), max_inflight))
         self._walked_ns = math.inf
         while self._armed and await self._wait_until(now_ns() + ARM_NS):
             pass  # the plan's last starts are yet to come
 
-    def _start(self, planned: plan.Session, bodies: list[bytes], flight: Flight,
-               max_inflight: int) -> None:
+    def _start(self, talk: Talk, flight: Flight, max_inflight: int) -> None:
         """The instant has come. One that cannot be started is DROPPED."""
         self._armed -= 1
         shot = flight.recorder.shot
         if self.stopping.is_set():
             self._awaited -= self._measures(shot.due_ns)
             return
-        sent = self._aloft < max_inflight
+        sent = self._sent < max_inflight
         if sent:
             self._aloft += 1
-            flight.start(functools.partial(self._back, planned, bodies, flight))
+            self._sent += 1
+            flight.start(functools.partial(self._back, talk, flight, max_inflight))
         flight.recorder.shot = shot = msgspec.structs.replace(shot, seq=next(self.work.seq))
         if not sent:
             self._awaited -= self._measures(shot.due_ns)
-            self._keep(lambda: _not_sent(
-                shot, Outcome.DROPPED, f"max_inflight of {max_inflight} reached"))
+            self._keep(lambda: _not_sent(shot, max_inflight))
 
-    def _back(self, planned: plan.Session, bodies: list[bytes], flight: Flight) -> None:
+    def _back(self, talk: Talk, flight: Flight, max_inflight: int) -> None:
         """A request that was started by its alarm has ended."""
         self._awaited -= self._measures(flight.recorder.shot.due_ns)
-        self._keep(flight.result)
-        if len(bodies) > 1:
-            self._fly(self._turns(planned, bodies))
+        self._sent -= 1
+        record = self._keep(flight.result)
+        if record is not None and talk.keeps and talk.heard(record, flight.recorder.answer().text):
+            self._fly(self._turns(talk, talk.due_ns(record.end_ns, now_ns()), max_inflight))
         else:
             self._ground()
 
-    def _keep(self, result: Callable[[], RequestRecord]) -> None:
+    def _keep(self, result: Callable[[], RequestRecord]) -> RequestRecord | None:
         """Counts a record where no task would end of what goes wrong: a journal that cannot be
-        written, a bug of ours."""
+        written, a bug of ours. None: it did."""
         try:
-            self._count(result())
+            record = result()
+            self._count(record)
         except Exception as e:  # noqa: BLE001  (it ends the leg)
             self._give_up(e)
+            return None
+        return record
 
-    async def _turns(self, planned: plan.Session, bodies: list[bytes]) -> None:
-        """A session's requests after the first."""
+    async def _turns(self, talk: Talk, due_ns: int, max_inflight: int) -> None:
+        """An open loop's requests after a session's first one, the next of which is due then."""
         try:
-            for turn, body in enumerate(bodies[1:], 1):
-                due_ns = now_ns() + round(planned.turns[turn].think_s * 1e9)
-                if not await self._wait_until(due_ns):
+            goes_on = True
+            while goes_on and await self._wait_until(due_ns):
+                if self._sent >= max_inflight:
+                    self._count(_not_sent(self._shot(talk, due_ns), max_inflight))
                     return
-                await self._send(self._shot(planned, turn, body, due_ns))
+                self._sent += 1
+                record, goes_on = await self._send(talk, due_ns)
+                self._sent -= 1
+                due_ns = talk.due_ns(record.end_ns, now_ns())
         finally:
             self._ground()
 
@@ -262,35 +271,33 @@ class LegRun:
                 del self._pending[me]
         return not self.stopping.is_set()
 
-    async def _send(self, shot: Shot) -> Outcome:
-        measured = self._measures(shot.due_ns)
+    async def _send(self, talk: Talk, due_ns: int) -> tuple[RequestRecord, bool]:
+        """The record of a session's next request; and whether another one follows it."""
+        shot = self._shot(talk, due_ns)
+        measured = self._measures(due_ns)
         self._awaited += measured
-        record = await self.work.client.send(shot)
+        flight = self.work.client.prepare(shot)
+        record = await self.work.client.fly(flight)
         self._awaited -= measured
         self._count(record)
-        return record.outcome
+        return record, talk.heard(record, flight.recorder.answer().text if talk.keeps else "")
 
     def _measures(self, due_ns: int) -> bool:
         return due_ns >= self._from_ns and (self._to_ns is None or due_ns < self._to_ns)
 
-    def _shot(self, planned: plan.Session, turn: int, body: bytes, due_ns: int,
-              seq: int | None = None) -> Shot:
-        what = planned.turns[turn]
+    def _shot(self, talk: Talk, due_ns: int, seq: int | None = None) -> Shot:
+        planned, what = talk.planned, talk.what
         return Shot(leg=self.leg.id, shard=self.work.shard,
                     seq=next(self.work.seq) if seq is None else seq,
-                    session=planned.k, turn=turn, cls=planned.cls, due_ns=due_ns, body=body,
-                    want_prompt_tok=what.prompt_tok if what.text is None else None,
-                    max_tokens=what.output_tok,
-                    abandon_after_s=what.abandon_after_s)
+                    session=planned.k, turn=talk.turn, cls=planned.cls, due_ns=due_ns,
+                    body=talk.body(), want_prompt_tok=talk.want_prompt_tok,
+                    max_tokens=what.output_tok, abandon_after_s=what.abandon_after_s,
+                    keeps=talk.keeps)
 
-    def _bodies(self, planned: plan.Session) -> list[bytes]:
+    def _talk(self, planned: plan.Session) -> Talk:
         work = self.work
-        cls = work.scenario.of(planned.cls)
-        texts = [plan.prompt(cls, planned, turn, self.leg.seed, work.ratios[cls.name])
-                 for turn in range(len(planned.turns))]
-        return [openai.body(work.scenario.endpoint, work.client.target.model, text,
-                            what.output_tok, cls, what.before)
-                for text, what in zip(texts, planned.turns, strict=True)]
+        return Talk(work.scenario, work.client.target.model, planned, self.leg.seed,
+                    work.ratios[planned.cls])
 
     def _count(self, record: RequestRecord) -> None:
         self.work.journal.append(record)
@@ -304,29 +311,30 @@ class LegRun:
         self.work.client.direct.ring()  # a start may be due meanwhile
 
 
-def _not_sent(shot: Shot, outcome: Outcome, why: str | None) -> RequestRecord:
+def _not_sent(shot: Shot, max_inflight: int) -> RequestRecord:
     return RequestRecord(
         leg=shot.leg, shard=shot.shard, seq=shot.seq, session=shot.session, turn=shot.turn,
-        cls=shot.cls, due_ns=shot.due_ns, end_ns=now_ns(), outcome=outcome, error=why,
+        cls=shot.cls, due_ns=shot.due_ns, end_ns=now_ns(), outcome=Outcome.DROPPED,
+        error=f"max_inflight of {max_inflight} reached",
         want_prompt_tok=shot.want_prompt_tok, max_tokens=shot.max_tokens)
 
 
 class _Lookahead:
-    """Sessions whose bodies were built in idle moments before they are due."""
+    """Sessions whose texts, and first bodies, were made in idle moments before they are due."""
 
     def __init__(self, planned: Iterator[plan.Session],
-                 bodies: Callable[[plan.Session], list[bytes]], depth: int) -> None:
-        self._planned, self._bodies, self._depth = planned, bodies, depth
-        self._ready: deque[tuple[plan.Session, list[bytes]]] = deque()
+                 make: Callable[[plan.Session], Talk], depth: int) -> None:
+        self._planned, self._make, self._depth = planned, make, depth
+        self._ready: deque[Talk] = deque()
         self._room = asyncio.Event()
 
-    def next(self) -> tuple[plan.Session, list[bytes]] | None:
-        """The next session of the plan, built now if need be; None: the plan is at its end."""
+    def next(self) -> Talk | None:
+        """The next session of the plan, made now if need be; None: the plan is at its end."""
         self._room.set()
         if self._ready:
             return self._ready.popleft()
         session = next(self._planned, None)
-        return None if session is None else (session, self._bodies(session))
+        return None if session is None else self._make(session)
 
     async def fill(self) -> None:
         while True:
@@ -334,7 +342,7 @@ class _Lookahead:
                 session = next(self._planned, None)
                 if session is None:
                     return
-                self._ready.append((session, self._bodies(session)))
+                self._ready.append(self._make(session))
                 await asyncio.sleep(0)  # one at a time: a request may be due
             self._room.clear()
             await self._room.wait()

@@ -13,6 +13,7 @@ from loadgen import net, stamps
 from loadgen.connection import DONE, Connection, Tally
 from loadgen.deadline import LINGER_S, OUR_LIMITS, STALE_NS, Deadline
 from loadgen.net import now_ns
+from loadgen.outputs import Outputs
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
 from loadgen.scenario import Scenario
 from loadgen.target import Target
@@ -23,6 +24,7 @@ class Home(Protocol):
 
     target: Target
     tally: Tally
+    outputs: Outputs | None
     loop: asyncio.AbstractEventLoop
     direct: net.Selector | net.Plain
     clock: stamps.Clock
@@ -53,7 +55,10 @@ class Flight:
     """One request under way: a Sink for its connection. `record` is there when it has landed."""
 
     def __init__(self, client: Home, shot: Shot, scenario: Scenario) -> None:
-        self.recorder = Recorder(shot, scenario.throttle_status)
+        outputs = client.outputs
+        self._outputs = outputs if outputs is not None and outputs.wants(shot.cls) else None
+        self.recorder = Recorder(shot, scenario.throttle_status,
+                                 shot.keeps or self._outputs is not None)
         self.recorder.stamp_kind = "kernel"  # unless a read says otherwise
         self.record: RequestRecord | None = None
         self._landed: Callable[[], object] | None = None
@@ -275,4 +280,6 @@ class Flight:
         record = self.recorder.end(ended_ns, self._failure, self._error)
         if record.error is not None:
             record.error = self._client.target.scrub(record.error)
+        if self._outputs is not None:
+            record.output_ref = self._outputs.keep(record, self.recorder.answer())
         return record

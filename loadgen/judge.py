@@ -140,7 +140,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     lower = metrics.lower_bound(good * worth, n * worth, criteria.confidence)
     upper = metrics.upper_bound(good * upper_worth, n * upper_worth, sure)
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
-    books = balance.of(leg, window, sample, records, signs.counted)
+    books = balance.of(leg, window, sample, records, signs.counted, scenario.thinks)
     findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind,
                               books, headroom.beyond(records, criteria.calibration))
     findings += validity.repeats(scenario, records)

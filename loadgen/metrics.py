@@ -26,7 +26,8 @@ TERMS = {
     "TPOT": "(last − first) / (output tokens − 1), per request of at least 2 tokens",
     "ITL": "gaps between token events, pooled; where an event holds several tokens, an event gap",
     "E2E": "end − due, end = the stream's proper end",
-    "goodput": "requests per second that met every SLO of their class and were complete; failed, "
+    "goodput": "requests per second that met every SLO of their class, were complete and, where "
+               "the class has a validator that counts, valid; failed, "
                "truncated, stalled, dropped, cancelled and censored ones are misses",
     "offered": "starts per second that were due in the window",
     "achieved": "complete answers per second; one under way at an edge of the window counts by the "
@@ -93,7 +94,8 @@ def age_s(r: RequestRecord) -> float | None:
 
 
 def misses(r: RequestRecord, slo: Slo) -> list[str]:
-    """Why a request is not good: its outcome, or the limits that it broke. Empty: it is good.
+    """Why a request is not good: its outcome, the limits that it broke, or "answer": its check
+    failed. Empty: it is good.
 
     An ABANDONED request is judged on what it saw: one that left before its first token missed
     only if the TTFT limit had passed.
@@ -103,7 +105,7 @@ def misses(r: RequestRecord, slo: Slo) -> list[str]:
     seen = ttft_s(r)
     if seen is None:
         seen = seconds_between(r.due_ns, r.end_ns)
-    broke = []
+    broke = ["answer"] if r.wrong is not None else []
     for name, limit, value in (("ttft", slo.ttft_s, seen), ("tpot", slo.tpot_s, tpot_s(r)),
                                ("itl", slo.itl_s, itl_max_s(r)), ("e2e", slo.e2e_s, e2e_s(r))):
         if limit is not None and value is not None and value > limit:

@@ -8,7 +8,7 @@ Servers that speak it differ in little: SGLang, TGI, llama.cpp, Ollama, LM Studi
 Transformers each have a stream and their errors in tests/data/dialects. None has to be named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -25,17 +25,16 @@ _encode = msgspec.json.Encoder().encode
 
 
 def body(endpoint: str, model: str, prompt: str, max_tokens: int, cls: RequestClass,
-         before: Sequence[tuple[str, str]] = ()) -> bytes:
-    """The JSON body of one streamed request that asks for usage. `before`: roles and texts of the
-    messages that come before the prompt."""
-    said = [*before, ("user", prompt)]
-    return conversation(endpoint, model, [{"role": r, "content": text} for r, text in said],
-                        max_tokens, cls.sampling)
+         more: Mapping[str, Any] = {}) -> bytes:
+    """The JSON body of one streamed request that asks for usage."""
+    return conversation(endpoint, model, [{"role": "user", "content": prompt}], max_tokens,
+                        cls.sampling, more)
 
 
 def conversation(endpoint: str, model: str, messages: list[dict[str, str]], max_tokens: int,
-                 sampling: Sampling) -> bytes:
-    """The JSON body for all `messages` so far; completions take their texts in one piece."""
+                 sampling: Sampling, more: Mapping[str, Any] = {}) -> bytes:
+    """The JSON body for all `messages` so far; completions take their texts in one piece. `more`:
+    tools, a forced form."""
     what: dict[str, Any] = {"model": model}
     if endpoint == "chat":
         what["messages"] = messages
@@ -46,7 +45,7 @@ def conversation(endpoint: str, model: str, messages: list[dict[str, str]], max_
     if (continuous := given.pop("continuous_usage_stats", None)) is not None:
         usage["continuous_usage_stats"] = continuous
     what |= {"max_tokens": max_tokens, "stream": True, "stream_options": usage}
-    return _encode(what | given)
+    return _encode({**what, **given, **more})
 
 
 Count = Annotated[int, Meta(ge=0, lt=2**31)]  # what else a server says is no number of tokens
@@ -91,6 +90,20 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_any = msgspec.json.Decoder().decode
 
 
+class Call(Struct, frozen=True):
+    """A tool that an answer calls; `arguments` as they came, which need not be JSON."""
+
+    name: str
+    arguments: str = ""
+
+
+class Answer(Struct, frozen=True, omit_defaults=True):
+    """What a client shows: the visible text, and the tools that are to be called."""
+
+    text: str = ""
+    calls: list[Call] = []
+
+
 class Event(Struct):
     """What one event says. `n_tok` is None where the server does not count tokens per event."""
 
@@ -103,6 +116,7 @@ class Event(Struct):
     usage: Usage | None = None
     error: "ServerError | None" = None
     done: bool = False
+    calls: list[msgspec.Raw] | None = None  # pieces of tool calls, as they came
 
     @property
     def is_plain_token(self) -> bool:
@@ -181,6 +195,49 @@ def _read_choice(event: Event, choice: _Choice, first: bool, finish_apart: bool)
         role_only or finish_only)
     event.visible |= bool(delta.content) or called
     event.text += delta.content or ""
+    if called:
+        _read_calls(event, delta)
+
+
+def _read_calls(event: Event, delta: _Delta) -> None:
+    event.calls = [*(event.calls or ()), *(delta.tool_calls or ())]
+    if delta.function_call is not None:  # the older form: one, without a number
+        event.calls.append(msgspec.Raw(_encode({"index": 0, "function": delta.function_call})))
+
+
+class _Function(Struct):
+    name: str | None = None
+    arguments: Any = None
+
+
+class _Piece(Struct):
+    index: int | None = None
+    function: _Function | None = None
+
+
+_decode_piece = msgspec.json.Decoder(_Piece).decode
+
+
+def calls_of(pieces: list[msgspec.Raw]) -> list[Call]:
+    """Tool calls put together of what events brought of them: a name once, arguments bit by bit;
+    without an index a name begins the next one. What is no such piece is passed over."""
+    found: dict[int, list[str]] = {}
+    at = -1
+    for raw in pieces:
+        try:
+            piece = _decode_piece(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        function = piece.function or _Function()
+        at = piece.index if piece.index is not None else max(at, 0) + (
+            function.name is not None and max(at, 0) in found)
+        name_and_arguments = found.setdefault(at, ["", ""])
+        name_and_arguments[0] += function.name or ""
+        given = function.arguments
+        name_and_arguments[1] += given if isinstance(given, str) else (
+            "" if given is None else _encode(given).decode())
+    return [Call(*found[i]) for i in sorted(found)]
+
 
 
 def error_body(body: bytes, status: int) -> ServerError:

@@ -75,6 +75,7 @@ def _cores() -> int:
 
 
 WORDS = "loadgen.words"  # of the command line, as the manifest keeps them
+LENT = "loadgen.lent"  # a server that a campaign lends to the command; else None
 
 
 class Group(click.Group):
@@ -82,7 +83,7 @@ class Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         at = args.index("--") if "--" in args else len(args)
-        ctx.obj = tuple(args[at + 1:])
+        ctx.meta[LENT], ctx.obj = ctx.obj, tuple(args[at + 1:])
         ctx.meta[WORDS] = list(args)
         return super().parse_args(ctx, args[:at])
 
@@ -125,6 +126,10 @@ def target_options(command: Any) -> Any:
                      help="Limits instead of the scenario's: ttft=1s,tpot=50ms (also itl, e2e), "
                      "vLLM's ttft:1000 in ms, or a name: interactive-chat, code-completion, "
                      "document-batch, mlperf-llama2-70b …"),
+        click.option("--prompt-tokens", type=click.IntRange(1, 1_000_000), metavar="N",
+                     help="Prompts of so many tokens instead of the scenario's."),
+        click.option("--output-tokens", type=click.IntRange(1, 1_000_000), metavar="N",
+                     help="Answers of so many tokens instead of the scenario's."),
         click.option("--target", type=click.FloatRange(0.5, 0.9999), callback=finite, default=0.95,
                      show_default=True, help="Share of requests that must meet the SLO."),
         click.option("--seed", type=click.IntRange(0, 2**40), help="Same seed, same plan. "
@@ -146,15 +151,17 @@ def target_options(command: Any) -> Any:
     return command
 
 
-def asked_for(group: click.Group, words: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def asked_for(group: click.Group, words: Sequence[str],
+              commands: Sequence[str] = ("sweep",)) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The options of a command line that was given once, and the server's. Raises ScenarioError if
     they mean nothing any more."""
     try:
         with group.make_context(group.name, list(words)) as outer:
             left = [*getattr(outer, "_protected_args", ()), *outer.args]
             _, command, rest = group.resolve_command(outer, left)
-            if command is None or command.name != "sweep":
-                raise ScenarioError(f"`loadgen {shlex.join(words)}` was no sweep")
+            if command is None or command.name not in commands:
+                raise ScenarioError(f"`loadgen {shlex.join(words)}` was no "
+                                    f"{' or '.join(commands)}")
             with command.make_context(command.name, rest, parent=outer) as inner:
                 return inner.params, outer.obj
     except click.ClickException as e:

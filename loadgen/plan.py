@@ -12,15 +12,15 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
-from loadgen import datasets
+from loadgen import datasets, dialogue, tasks
 from loadgen.leg import Leg
-from loadgen.prompts import Ratio, build, recorded
+from loadgen.prompts import GUESS_OVERHEAD_TOK, Ratio, build, recorded
 from loadgen.scenario import (
     Closed,
     Fixed,
@@ -32,17 +32,23 @@ from loadgen.scenario import (
     Trace,
     Uniform,
 )
+from loadgen.sessions import leaves_after_s, think_s
 from loadgen.sources import Asked, Dataset
+from loadgen.tasks import Task
 
-ARRIVALS, MIX, LENGTHS, PROMPTS, CALIBRATION, TRACE = range(6)  # streams of randomness
+# streams of randomness: a new one goes to the end, and plans of before stay what they were
+(ARRIVALS, MIX, LENGTHS, PROMPTS, CALIBRATION, TURNS, THINK, ABANDON, FACTS, TASKS,
+ TRACE) = range(11)
 _BLOCK: Final = 1024  # gaps drawn at once
 _GOLDEN: Final = 0x9E3779B97F4A7C15  # 2⁶⁴ times the golden ratio's fraction
 
 
 class Turn(Struct, frozen=True):
-    """One request of a session. `think_s`: pause before it, after the answer before; `text`: a
-    given prompt instead of a made one (`prompt_tok` is a guess then), `before`: roles and texts of
-    the messages that come before it; `abandon_after_s`: the client leaves."""
+    """One request of a session. `prompt_tok`: what it adds to what was said before (of a given
+    prompt, a guess of all that is sent); `think_s`: pause before it, after the answer before (the
+    first turn's: what a closed loop's slot rests after the whole session); `text`: a given prompt
+    instead of a made one, `before`: roles and texts of the messages that come before it;
+    `abandon_after_s`: the client leaves."""
 
     prompt_tok: int
     output_tok: int
@@ -144,8 +150,8 @@ def arrivals(load: Open | Trace, seed: int) -> Iterator[float]:
 
 def session(scenario: Scenario, seed: int, k: int, due_s: float | None,
             nth: int | None = None) -> Session:
-    """Session k of the plan: its class by weight, its lengths, its shared prefix. `nth`: how many
-    of its class come before it; None: all do."""
+    """Session k of the plan: its class by weight, its turns, their lengths, its shared prefix.
+    `nth`: how many of its class come before it; None: all do."""
     mix, lengths = stream(seed, MIX, k), stream(seed, LENGTHS, k)
     cls = _class(scenario, mix)
     prefix = (int(mix.integers(cls.shared_prefix.groups)),) if cls.shared_prefix else ()
@@ -154,8 +160,26 @@ def session(scenario: Scenario, seed: int, k: int, due_s: float | None,
                        turns=_given(cls, cls.dataset, k if nth is None else nth, seed, lengths))
     assert cls.prompt_tok is not None
     assert cls.output_tok is not None
-    turn = Turn(prompt_tok=draw(cls.prompt_tok, lengths), output_tok=draw(cls.output_tok, lengths))
-    return Session(k=k, cls=cls.name, due_s=due_s, turns=(turn,), prefix=prefix)
+    n = draw(cls.turns, stream(seed, TURNS, k)) if cls.turns != 1 else 1
+    pauses, leaves = _pauses(cls, seed, k, n), _leaves(cls, seed, k, n)
+    turns = tuple(Turn(
+        prompt_tok=draw(cls.prompt_tok, lengths), output_tok=draw(cls.output_tok, lengths),
+        think_s=pauses[i], abandon_after_s=leaves[i]) for i in range(n))
+    return Session(k=k, cls=cls.name, due_s=due_s, turns=turns, prefix=prefix)
+
+
+def _pauses(cls: RequestClass, seed: int, k: int, n: int) -> list[float]:
+    if cls.think_s is None:
+        return [0.0] * n
+    rng = stream(seed, THINK, k)
+    return [think_s(cls.think_s, rng) for _ in range(n)]
+
+
+def _leaves(cls: RequestClass, seed: int, k: int, n: int) -> list[float | None]:
+    if cls.abandon is None:
+        return [None] * n
+    rng = stream(seed, ABANDON, k)
+    return [leaves_after_s(cls.abandon, rng) for _ in range(n)]
 
 
 def _class(scenario: Scenario, mix: np.random.Generator) -> RequestClass:
@@ -214,16 +238,49 @@ def draw(length: Length, rng: np.random.Generator) -> int:
 
 
 def prompt(cls: RequestClass, planned: Session, turn: int, seed: int, ratio: Ratio) -> str:
-    """The text of a turn: given, or made to measure and unlike every other (but for a prefix
-    that its class shares)."""
+    """What the user says in a turn: given, or made to measure and unlike every other (but for a
+    prefix that its class shares)."""
     what = planned.turns[turn]
     if what.text is not None:
         return what.text
+    asked = task(cls, what.prompt_tok, seed, planned.k, turn)
     rng = stream(seed, PROMPTS, planned.k * 64 + turn)
     if planned.blocks:
         return recorded(cls, what.prompt_tok, ratio, planned.blocks, seed)
-    return build(cls, what.prompt_tok, ratio, rng, nonce(seed, planned.k, turn),
-                 planned.prefix or None)
+    mark = nonce(seed, planned.k, turn)
+    line = (lines(cls.language, planned.k, len(planned.turns), seed)[turn]
+            if cls.kind == "dialogue" else None)
+    if turn == 0:
+        return build(cls, what.prompt_tok, ratio, rng, mark, planned.prefix or None, asked, line)
+    # the prefix and the template's system prompt were there before
+    later = msgspec.structs.replace(ratio, overhead_tok=min(ratio.overhead_tok, GUESS_OVERHEAD_TOK))
+    return build(cls, what.prompt_tok, later, rng, mark, None, asked, line)
+
+
+def question(cls: RequestClass, k: int, turns: int, turn: int,
+             seed: int) -> dialogue.Question | None:
+    """What turn number `turn` of a dialogue of so many asks for; None: it asks for nothing."""
+    return lines(cls.language, k, turns, seed)[turn].asks if cls.kind == "dialogue" else None
+
+
+@functools.lru_cache(maxsize=256)
+def lines(language: Literal["en", "zh", "mixed"], k: int, turns: int,
+          seed: int) -> tuple[dialogue.Line, ...]:
+    """The user's part of dialogue k."""
+    return dialogue.write(language, turns, stream(seed, FACTS, k))
+
+
+def task(cls: RequestClass, prompt_tok: int, seed: int, k: int, turn: int) -> Task | None:
+    """What turn `turn` of session k asks for, where that can be checked; drawn from a stream of
+    its own, so that who checks an answer draws the same again."""
+    return tasks.draw(cls, prompt_tok, stream(seed, TASKS, k * 64 + turn))
+
+
+def wire(cls: RequestClass, planned: Session, turn: int, seed: int) -> dict[str, Any]:
+    """What the body of a turn says beside its prompt: tools, a forced form."""
+    if cls.kind != "tools" and cls.response_format is None:
+        return {}
+    return tasks.wire(cls, task(cls, planned.turns[turn].prompt_tok, seed, planned.k, turn))
 
 
 def nonce(seed: int, k: int, turn: int) -> str:

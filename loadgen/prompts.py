@@ -16,8 +16,10 @@ import numpy as np
 from msgspec import Struct
 
 from loadgen import texts
+from loadgen.dialogue import Line
 from loadgen.scenario import RequestClass
 from loadgen.sources import BLOCK_TOK
+from loadgen.tasks import LIKE, Task
 
 NONCE_MAX_CHARS = 9  # in brackets and with a space 12: inside the first 16 tokens of any tokenizer
 GUESS_OVERHEAD_TOK = 10.0  # of a ChatML template without a system prompt
@@ -54,7 +56,7 @@ class Ratio(Struct, frozen=True):
 
 def guess(cls: RequestClass) -> Ratio:
     """What to build with until a server's own count can be fitted; not measured."""
-    return Ratio(_GUESS_CHARS_PER_TOK[cls.kind, cls.language], GUESS_OVERHEAD_TOK, "guess")
+    return Ratio(_GUESS_CHARS_PER_TOK[LIKE[cls.kind], cls.language], GUESS_OVERHEAD_TOK, "guess")
 
 
 def fit(samples: Sequence[tuple[int, int]], source: Literal["tokenize", "usage"]) -> Ratio:
@@ -81,6 +83,8 @@ def build(
     rng: np.random.Generator,
     nonce: str,
     prefix: tuple[int, ...] | None = None,
+    task: Task | None = None,
+    line: Line | None = None,
 ) -> str:
     """A prompt of about `prompt_tok` tokens, the template's own included; one too short for nonce
     and instruction is as short as it can be.
@@ -88,26 +92,52 @@ def build(
     `nonce` (at most 9 characters) comes first and differs between requests, so that they share no
     cache block. With `cls.shared_prefix`, what comes first is the text of the ids (>= 0) in
     `prefix`: each id stands for an equal part of `shared_prefix.tokens`, and equal ids give equal
-    text whatever `rng` is. A prefix that leaves no room for nonce and instruction is cut."""
+    text whatever `rng` is. A prefix that leaves no room for nonce and instruction is cut.
+
+    With a `task`, its instruction ends the prompt, and its sentences stand in the filler. `line`:
+    what must be said, whole, before and after what fills the prompt."""
     if len(nonce) > NONCE_MAX_CHARS:
         raise ValueError(f"nonce {nonce!r} is longer than {NONCE_MAX_CHARS} characters")
-    bank = _bank(cls.kind, cls.language)
+    kind = LIKE[cls.kind]
+    bank = _bank(kind, cls.language)
+    longest = bank.longest if task is None else len(task.ending) + sum(map(len, task.planted))
     chars = round((prompt_tok - ratio.overhead_tok) * ratio.chars_per_tok)
     opening = f"[{nonce}] "
     if cls.shared_prefix and prefix:
         each = round(cls.shared_prefix.tokens / len(prefix) * ratio.chars_per_tok)
-        common = "".join(_common(cls.kind, cls.language, each, ident) for ident in prefix)
-        spare = chars - len(opening) - 2 - bank.longest
+        common = "".join(_common(kind, cls.language, each, ident) for ident in prefix)
+        spare = chars - len(opening) - 2 - longest
         if spare > 0:
             opening = f"{common[:spare]}\n\n{opening}"
     room = chars - len(opening)
-    ending = _pick(bank.endings, rng)
-    if len(ending) > room:
+    if task is not None:
+        return opening + _with_task(task, kind, cls.language, room, rng)
+    ending = _pick(bank.endings, rng) if line is None else line.closes
+    if line is not None and line.opens:
+        opening += f"{line.opens}\n\n"
+        room = chars - len(opening)
+    if line is None and len(ending) > room:
         ending = next((e for e in bank.fallbacks if len(e) <= room), bank.fallbacks[-1])
     room -= len(ending) + 2
     if room <= 0:
         return opening + ending
-    return f"{opening}{_filler(cls.kind, cls.language, room, rng)}\n\n{ending}"
+    return f"{opening}{_filler(kind, cls.language, room, rng)}\n\n{ending}"
+
+
+def _with_task(task: Task, kind: Kind, language: Language, room: int,
+               rng: np.random.Generator) -> str:
+    """The filler with what is planted in it, at equal distances, then the instruction; where
+    there is no room for filler, the rest alone."""
+    planted = [f"\n{x}" for x in task.planted]
+    room -= len(task.ending) + 2 + sum(map(len, planted))
+    filler = _filler(kind, language, room, rng) if room > 0 else ""
+    parts, at = [], 0
+    for i, sentence in enumerate(planted, 1):
+        near = len(filler) * i // (len(planted) + 1)
+        cut = max(filler.find("\n", near), near) if filler else 0  # not inside a line
+        parts += [filler[at:cut], sentence]
+        at = max(at, cut)
+    return "".join([*parts, filler[at:]]).lstrip("\n") + f"\n\n{task.ending}"
 
 
 def recorded(cls: RequestClass, prompt_tok: int, ratio: Ratio, blocks: Sequence[int],

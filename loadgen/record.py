@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -88,7 +89,8 @@ class RequestRecord(Struct, omit_defaults=True):
     status: int | None = None
     finish_reason: str | None = None
     error: str | None = None
-    output_ref: str | None = None
+    output_ref: str | None = None  # where its text is kept: file of the run folder, and byte
+    wrong: str | None = None  # kind of error, if its check failed and counts; of verdicts.jsonl
 
     def shift(self, ns: int) -> None:
         """Brings all stamps to another clock."""
@@ -146,6 +148,7 @@ class Shot(Struct, frozen=True):
     want_prompt_tok: int | None = None
     max_tokens: int | None = None
     abandon_after_s: float | None = None
+    keeps: bool = False  # what follows needs the answer's text
 
 
 def _gaps_us(stamps_ns: "array[int]") -> list[int]:
@@ -162,8 +165,10 @@ class Recorder:
     stale connection calls `sent` again.
     """
 
-    def __init__(self, shot: Shot, throttle_status: Sequence[int] = ()) -> None:
+    def __init__(self, shot: Shot, throttle_status: Sequence[int] = (),
+                 keeps: bool = False) -> None:
         self.shot = shot
+        self.keeps = keeps  # the answer itself, too
         self.status: int | None = None
         self.sent_ns: int | None = None
         self.first_ns: int | None = None
@@ -192,6 +197,8 @@ class Recorder:
         self._seen_choices = False
         self._garbled = False
         self._template: bulk.Template | None = None
+        self._said: list[str] = []
+        self._calls: list[msgspec.Raw] = []
         self._plain: bytes | None = None  # the last token event that says nothing else
 
     def sent(self, now_ns: int) -> None:
@@ -299,6 +306,10 @@ class Recorder:
                 self._learn()
                 at = upto
 
+    def answer(self) -> openai.Answer:
+        """What came so far, if it is kept."""
+        return openai.Answer("".join(self._said), openai.calls_of(self._calls))
+
     @property
     def n_events(self) -> int:
         """Token events so far."""
@@ -323,6 +334,9 @@ class Recorder:
             self._role_ns = self._role_ns or now_ns
         elif event.choices:
             self._finish_ns = now_ns
+        if self.keeps:
+            self._said.append(event.text)
+            self._calls += event.calls or ()
         self._seen_choices |= event.choices
         self._finish = event.finish_reason or self._finish
         self._usage = event.usage or self._usage
@@ -344,7 +358,12 @@ class Recorder:
         """How many parts from `start` on are each an event like one before, but for its text; and
         which is the first with a visible one."""
         template = self._ready_template
-        return (0, None) if template is None else template.whole(parts, start)
+        if template is None:
+            return 0, None
+        n, visible = template.whole(parts, start)
+        if self.keeps and n:
+            self._said.append(template.said(parts[start:start + n]))
+        return n, visible
 
     def _alike(self, data: bytes, start: int, stamps_ns: Sequence[int],
                ends: Sequence[int]) -> list[int]:
@@ -354,6 +373,9 @@ class Recorder:
         events, visible = ([], None) if template is None else template.run(data, start)
         if not events:
             return []
+        if self.keeps and template is not None:
+            self._said.append(template.said(
+                data[a:b] for a, b in itertools.pairwise([start, *events])))
         read = bisect.bisect_left(ends, events[0])
         for at in events:
             while ends[read] < at:

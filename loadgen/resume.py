@@ -157,7 +157,8 @@ def note(before: Stopped, now_ns: int, wall_ns: int) -> Resumed:
     known_ns = sum(r.shift_ns for r in before.folder.apart().resumed)
     shift_ns = apart_ns if abs(apart_ns) > SAME_CLOCK_NS else 0
     files = (*before.folder.path.glob("records-*.jsonl"),
-             *before.folder.path.glob("telemetry-*.jsonl"))
+             *before.folder.path.glob("telemetry-*.jsonl"),
+             *before.folder.path.glob("outputs-*.jsonl"))
     return Resumed(
         when=datetime.now().astimezone().isoformat(timespec="seconds"), spent_s=before.spent_s,
         kept=[leg.id for leg, _ in before.done], looks=len(before.decided_s),

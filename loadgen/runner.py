@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from loadgen import calibrate, exporter, facts, health, resume, traces, unit
+from loadgen import answers, calibrate, exporter, facts, health, resume, traces, unit
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
@@ -62,13 +62,20 @@ def run_sweep(session: Session, plan: SweepPlan, view: View,
               unit_step: bool = False, before: Stopped | None = None) -> SweepResult:
     """Drives the search to its stop; everything is in the run folder when this returns. `before`:
     what of it was done already."""
+    if before is not None:
+        answers.complete(before.folder)  # it may have been killed before it had checked all
     if before is not None and not unit_step and (
             ended := _nothing_left(session, plan, before)) is not None:
         view.say(f"{before.folder.path}: the search was over already")
         return ended
     if isinstance(session.server, VirtualSim):
-        return _virtual(session, session.server, view, lambda executor: sweep(
-            plan, session.scenario, executor, view.judged, lambda: executor.now_s), plan, before)
+        async def stepped(executor: _Kept) -> SweepResult:
+            found = await sweep(plan, session.scenario, executor, view.judged,
+                                lambda: executor.now_s)
+            if not unit_step:
+                return found
+            return await unit.search(plan, found, session.scenario, executor, view.judged)
+        return _virtual(session, session.server, view, stepped, plan, before)
 
     async def body(executor: "_Executor") -> SweepResult:
         clock = Clock(executor.folder.legs_journal(), before)
@@ -131,6 +138,8 @@ def _virtual(session: Session, server: VirtualSim, view: View,
     held = folder.held()
     if before is not None:
         _goes_on(before, server.target, server.facts(), 0, 0)
+    if answers.has_checks(session.scenario):
+        view.say("virtual time makes no answers: validators are not run")
     view.say(f"{session.scenario.name} → {server.target.model}, simulated in virtual time; records "
              f"in {folder.path}")
     executor = _Kept(folder, VirtualExecutor(
@@ -250,7 +259,7 @@ async def _session(session: Session, view: View,
             folder, folder.path.name, session.scenario, target, ratios, session.processes))
         watcher.opened(folder)
         watcher.begin_server(target, bool(session.server.facts().get("simulated")))
-        executor = _Executor(session, target, folder, shards, view, watcher)
+        executor = _Executor(session, target, folder, shards, view, watcher, ratios)
         interrupt.reaches(executor.interrupt)
         with view:
             return await body(executor)
@@ -285,8 +294,9 @@ class _Executor:
     """Runs legs on this host's shards; watches the server meanwhile."""
 
     def __init__(self, session: Session, target: Target, folder: RunFolder, shards: Shards,
-                 view: View, watcher: Watcher) -> None:
+                 view: View, watcher: Watcher, ratios: dict[str, Ratio]) -> None:
         self._session, self._target, self.folder = session, target, folder
+        self._ratios = ratios
         self._shards, self._view = shards, view
         self._watcher = watcher
         self._offsets = {x: x.stat().st_size for x in folder.path.glob("records-*.jsonl")}
@@ -310,6 +320,8 @@ class _Executor:
                 f"the server died at {leg.value:g}: {note}{before}"))
         await watcher.sample()
         records = [r for r in self.folder.records(self._offsets) if r.leg == leg.id]
+        await asyncio.to_thread(answers.check, self.folder, self._session.scenario, self._ratios,
+                                [leg], records)
         return window, records, signs_of(window, series(watcher.rows, "server"))
 
     async def context_tok(self) -> int | None:

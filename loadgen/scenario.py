@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from loadgen import datasets
+from loadgen import datasets, expect
 from loadgen.config import PerSecond as PerSecond
 from loadgen.config import Seconds as Seconds
 from loadgen.config import convert as convert
@@ -22,7 +22,9 @@ from loadgen.config import enc_hook as enc_hook
 from loadgen.config import nearest
 from loadgen.config import to_plain as to_plain
 from loadgen.errors import ScenarioError
+from loadgen.expect import Validator
 from loadgen.presets import SLOS as PRESETS
+from loadgen.sessions import MOST_TURNS, Abandon, Think, normalised
 from loadgen.sources import Asked, Dataset
 from loadgen.sources import TraceFile as TraceFile
 from loadgen.sources import placeless as placeless
@@ -99,12 +101,19 @@ class SharedPrefix(_Frozen, frozen=True):
     groups: Count = 1
 
 
+Kind = Literal["summary", "code", "json", "chat", "survey", "profile", "tools", "translation",
+               "longest", "dialogue"]
+
+
 class RequestClass(_Frozen, frozen=True):
     """One kind of request of the mix. Its prompts are made, `prompt_tokens` long, or those of a
-    `dataset`, whose answers are as long as the file says where `output_tokens` is not given."""
+    `dataset`, whose answers are as long as the file says where `output_tokens` is not given.
+    `validator`: what its answers must be. `response_format`: the server is to force JSON, of the
+    kind's schema where it is json_schema. `tool_choice`: of kind tools; named: the one that the
+    prompt asks for. `into`: of kind translation."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
-    kind: Literal["summary", "code", "json", "chat"]
+    kind: Kind
     prompt_tok: Length | None = field(default=None, name="prompt_tokens")
     output_tok: Length | None = field(default=None, name="output_tokens")
     dataset: Dataset | None = None
@@ -114,6 +123,13 @@ class RequestClass(_Frozen, frozen=True):
     sampling: Sampling = Sampling()
     slo: Slo = Slo()
     timeouts: Timeouts | None = None
+    validator: Validator | None = None
+    response_format: Literal["json_object", "json_schema"] | None = None
+    tool_choice: Literal["auto", "required", "named"] | None = None
+    into: Literal["en", "zh", "fr"] | None = None
+    turns: Length = 1  # requests of a session; lengths above are of what each turn adds
+    think_s: Think | None = field(default=None, name="think")  # before each, after an answer
+    abandon: Abandon | None = None
 
 
 class Closed(_Frozen, frozen=True, tag_field="mode", tag="closed"):
@@ -193,6 +209,11 @@ class Scenario(_Frozen, frozen=True):
     shape: Shape | None = None  # of a test by Locust
     duration_s: Seconds | None = field(default=None, name="duration")
 
+    @property
+    def thinks(self) -> bool:
+        """Slots of a closed loop rest by plan."""
+        return any(c.think_s is not None for c in self.classes)
+
     def slo_of(self, cls: str) -> Slo:
         """The class's own limits over the scenario's."""
         return merge_slo(self.slo, self.of(cls).slo)
@@ -208,6 +229,18 @@ class Scenario(_Frozen, frozen=True):
         classes = tuple(msgspec.structs.replace(c, slo=merge_slo(c.slo, override))
                         for c in self.classes)
         return msgspec.structs.replace(self, slo=merge_slo(self.slo, override), classes=classes)
+
+    def with_lengths(self, prompt_tok: int | None, output_tok: int | None) -> "Scenario":
+        """The same mix with other lengths in all classes; None leaves them. Raises ScenarioError.
+        """
+        change = {**({"prompt_tok": prompt_tok} if prompt_tok else {}),
+                  **({"output_tok": output_tok} if output_tok else {})}
+        for c in self.classes:
+            if prompt_tok and c.shared_prefix and c.shared_prefix.tokens >= prompt_tok:
+                raise ScenarioError(f"prompts of {prompt_tok} tokens: class {c.name} has a shared "
+                                    f"prefix of {c.shared_prefix.tokens}; ask for more than that")
+        return msgspec.structs.replace(self, classes=tuple(
+            msgspec.structs.replace(c, **change) for c in self.classes))
 
 
 def merge_slo(base: Slo, over: Slo) -> Slo:
@@ -286,13 +319,16 @@ def parse(raw: object, where: str) -> Scenario:
                             "class a weight above 0")
     for c in scenario.classes:
         _check_prompts(scenario, c, f"{where}: class {c.name}")
-        for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok)):
+        for key, length in (("prompt_tokens", c.prompt_tok), ("output_tokens", c.output_tok),
+                            ("turns", c.turns)):
             if isinstance(length, Uniform | Lognormal) and length.min > length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: min {length.min} is more "
                                     f"than max {length.max}; exchange them")
             if isinstance(length, Lognormal) and not length.min <= length.median <= length.max:
                 raise ScenarioError(f"{where}: class {c.name}: {key}: median {length.median} is "
                                     f"not between min {length.min} and max {length.max}")
+        _check_turns(c, f"{where}: class {c.name}")
+        _check_kind(c, scenario.endpoint, f"{where}: class {c.name}")
         if c.shared_prefix and c.prompt_tok and c.shared_prefix.tokens >= longest(c.prompt_tok):
             raise ScenarioError(f"{where}: class {c.name}: shared_prefix of "
                                 f"{c.shared_prefix.tokens} tokens leaves nothing of the prompt; "
@@ -334,6 +370,48 @@ def _check_prompts(scenario: Scenario, c: RequestClass, where: str) -> None:
     if isinstance(scenario.load, TraceFile):
         raise ScenarioError(f"{where}: dataset: a trace says how long prompts are, a dataset what "
                             "they are; leave one of the two out")
+    if longest(c.turns) > 1 or c.kind == "dialogue":
+        raise ScenarioError(f"{where}: turns: those of a dataset are its own; leave this out")
+    if isinstance(c.validator, expect.Facts | expect.Recall | expect.Tool):
+        raise ScenarioError(f"{where}: validator: it knows what made prompts ask for, not those of "
+                            "a dataset; leave one of the two out")
+
+
+def _check_turns(c: RequestClass, where: str) -> None:
+    if longest(c.turns) > MOST_TURNS:
+        raise ScenarioError(f"{where}: turns: a session has at most {MOST_TURNS}, not "
+                            f"{longest(c.turns)}")
+    if c.kind == "dialogue" and shortest(c.turns) < 2:
+        raise ScenarioError(f"{where}: kind dialogue tells facts and asks for them later: it needs "
+                            "2 turns or more, as turns = 5")
+
+
+def _check_kind(c: RequestClass, endpoint: str, where: str) -> None:
+    """What a kind cannot do without, or is the only one to have. Raises ScenarioError."""
+    check, kind = c.validator, c.kind
+    if (c.into is not None) != (kind == "translation"):
+        raise ScenarioError(f"{where}: kind translation needs into = \"en\", \"zh\" or \"fr\", and "
+                            "no other kind has it")
+    if c.into is not None and c.into == c.language:
+        raise ScenarioError(f"{where}: into = {c.into!r} is the language that it is in already")
+    if kind == "translation" and c.language == "mixed":
+        raise ScenarioError(f"{where}: kind translation is from one language: en or zh")
+    if c.tool_choice is not None and kind != "tools":
+        raise ScenarioError(f"{where}: tool_choice is of kind tools, this is {kind}")
+    if kind == "tools" and endpoint != "chat":
+        raise ScenarioError(f"{where}: tools are called over endpoint = \"chat\" only")
+    if c.response_format == "json_schema" and kind not in ("json", "profile"):
+        raise ScenarioError(f"{where}: only kinds json and profile have a schema; write "
+                            "response_format = \"json_object\"")
+    for needs, kinds in ((expect.Tool, ("tools",)), (expect.Translation, ("translation",)),
+                         (expect.Facts, ("summary", "survey")), (expect.Recall, ("dialogue",))):
+        if isinstance(check, needs) and kind not in kinds:
+            raise ScenarioError(f"{where}: this validator is for kind {' or '.join(kinds)}, "
+                                f"this is {kind}")
+    if isinstance(check, expect.Json) and check.schema is None and kind not in (
+            "json", "profile"):
+        raise ScenarioError(f"{where}: kind {kind} has no schema of its own; give the validator "
+                            "one: schema = { type = \"object\", … }")
 
 
 def _named_slos(raw: object, where: str) -> object:
@@ -344,7 +422,7 @@ def _named_slos(raw: object, where: str) -> object:
     if isinstance(found.get("slo"), str):
         found["slo"] = _preset(found["slo"], f"{where}: slo")
     if isinstance(found.get("classes"), list):
-        found["classes"] = [_named_slos(c, where) for c in found["classes"]]
+        found["classes"] = [_named_slos(normalised(c), where) for c in found["classes"]]
     return found
 
 
@@ -360,6 +438,12 @@ def longest(length: Length) -> int:
     if isinstance(length, int):
         return length
     return length.tokens if isinstance(length, Fixed) else length.max
+
+
+def shortest(length: Length) -> int:
+    if isinstance(length, int):
+        return length
+    return length.tokens if isinstance(length, Fixed) else length.min
 
 
 def parse_slo(text: str) -> Slo:

@@ -26,6 +26,7 @@ from loadgen.drive import LegRun, Work
 from loadgen.errors import GeneratorError, ScenarioError, StoreError
 from loadgen.leg import Health, Leg
 from loadgen.net import now_ns
+from loadgen.outputs import Outputs
 from loadgen.prompts import Ratio
 from loadgen.pulse import PROBE_S, Pulse
 from loadgen.store import SCHEMA, Header, Journal
@@ -208,7 +209,9 @@ def raise_fd_limit() -> None:
 
 async def _serve(setup: Setup, lines: asyncio.StreamReader) -> None:
     checked = scenario.parse(setup.scenario, "setup")
-    async with Client(setup.target, checked) as client:
+    journal = Path(setup.journal)
+    outputs = Outputs(journal.with_name(f"outputs-{setup.shard}.jsonl"), checked)
+    async with Client(setup.target, checked, outputs) as client:
         try:
             for c in checked.classes:
                 if c.dataset is not None:

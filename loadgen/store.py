@@ -5,6 +5,8 @@
                          one where a stopped search went on
     records-<shard>.jsonl  a header line, then one RequestRecord a line, as requests end
     telemetry-<source>.jsonl  generic rows
+    outputs-<shard>.jsonl  answers of classes with a validator, to which `output_ref` points
+    verdicts.jsonl       what the validators found in them
     records.parquet, summary.json, report.html   made of the above; no summary = crashed
 
 Journals are append-only, one write() per line: a SIGKILL loses what was in flight, nothing else.
@@ -88,6 +90,27 @@ class Row(Struct, frozen=True, omit_defaults=True):
     name: str
     value: float
     labels: dict[str, str] = {}
+
+
+class Verdict(Struct, frozen=True, omit_defaults=True):
+    """What a class's check found in one answer: a line of verdicts.jsonl. `ref` is the record's
+    `output_ref`; `counts`: one that is not `ok` is a miss."""
+
+    leg: str
+    shard: int
+    seq: int
+    session: int
+    turn: int
+    cls: str
+    ok: bool
+    kind: str | None = None
+    says: str = ""
+    ref: str = ""
+    counts: bool = True
+
+    @property
+    def wrong(self) -> str | None:
+        return None if self.ok or not self.counts else self.kind or "wrong"
 
 
 class Resumed(Struct, frozen=True):
@@ -244,6 +267,9 @@ class RunFolder:
     def legs_journal(self) -> Journal:
         return Journal(self.path / "legs.jsonl")
 
+    def verdicts_journal(self) -> Journal:
+        return Journal(self.path / "verdicts.jsonl")
+
     # --------------------------------------------------------------------------------- reading
 
     def manifest(self) -> Manifest:
@@ -262,7 +288,7 @@ class RunFolder:
     def records(self, offsets: dict[Path, int] | None = None) -> Iterator[RequestRecord]:
         """All records. `offsets` (bytes already read, by file) makes it read only what came
         since, and is brought up to date."""
-        apart = self.apart()
+        apart, verdicts = self.apart(), self.verdicts()
         for path in sorted(self.path.glob("records-*.jsonl")):
             start = (offsets or {}).get(path, 0)
             for line, end in self.lines(path, start):
@@ -274,7 +300,29 @@ class RunFolder:
                         if apart.moves:
                             record.leg, shift_ns = apart.of(path.name, end - len(line), record.leg)
                             record.shift(shift_ns)
+                        if record.output_ref in verdicts:
+                            record.wrong = verdicts[record.output_ref].wrong
                         yield record
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """What was found in answers, by their `ref`."""
+        path = self.path / "verdicts.jsonl"
+        if not path.exists():
+            return {}
+        torn = self.torn
+        found = [self._decode(line, _decode_verdict) for line, _ in self.lines(path, 0)]
+        self.torn = torn  # one that is lost is made again
+        apart = self.apart()
+        return {v.ref: self._placed(v, apart) for v in found if v is not None}
+
+    @staticmethod
+    def _placed(verdict: Verdict, apart: Apart) -> Verdict:
+        """Of a leg that was cut and repeated, the verdicts of the first try stand apart."""
+        if not apart.resumed:
+            return verdict
+        name, _, at = verdict.ref.rpartition(":")
+        leg, _ = apart.of(name, int(at) if at.isdigit() else 0, verdict.leg)
+        return msgspec.structs.replace(verdict, leg=leg)
 
     def headers(self) -> list[Header]:
         """The record journals' first lines, in the order of shards."""
@@ -364,4 +412,5 @@ class RunFolder:
 _decode_record = msgspec.json.Decoder(RequestRecord)
 _decode_header = msgspec.json.Decoder(Header)
 _decode_row = msgspec.json.Decoder(Row)
+_decode_verdict = msgspec.json.Decoder(Verdict)
 _decode_leg = msgspec.json.Decoder(LegLine, dec_hook=dec_hook)

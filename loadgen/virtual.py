@@ -11,7 +11,7 @@ import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import sub
 
 from loadgen import metrics, plan
@@ -22,6 +22,7 @@ from loadgen.scenario import Closed, Scenario, Slo
 from loadgen.sources import BLOCK_TOK as BLOCK_TOK_OF_TRACE
 from loadgen.store import Row
 from loadgen.supervise import HEAD_START_S, is_lost
+from loadgen.talk import HEARD, OVER
 from loadgen.telemetry.signs import series, signs_of
 from servers.sim.costs import BLOCK_TOK, GIB, used_gib
 from servers.sim.engine import Engine, EngineConfig, Request, Step
@@ -39,13 +40,38 @@ NS = 1e9
 
 
 @dataclass(slots=True)
+class _Course:
+    """A session under way: which turn is next, and what was said before: how many tokens, and the
+    hashes of their blocks."""
+
+    planned: plan.Session
+    turn: int = 0
+    history_tok: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def prompt_tok(self) -> int:
+        """Of the next turn, with all that is said again; a given one holds that already."""
+        return self.what.prompt_tok + (self.history_tok if self.what.text is None else 0)
+
+    @property
+    def what(self) -> plan.Turn:
+        return self.planned.turns[self.turn]
+
+    @property
+    def goes_on(self) -> bool:
+        return self.turn + 1 < len(self.planned.turns)
+
+
+@dataclass(slots=True)
 class _Flight:
     """A request on its way. `spans`: from which step to which (of all that were delivered) it had
-    a token each; the last span is open."""
+    a token each; the last span is open. `blocks`: of its prompt and answer."""
 
     id: int
     record: RequestRecord
-    planned: plan.Session
+    course: _Course
+    blocks: list[int]
     spans: list[list[int]]
     stall_at: int | None = None  # the token after which it hears no more …
     silent: bool = False  # … and has come to
@@ -155,8 +181,8 @@ class _LegRun:
         self._sessions = plan.sessions(scenario, leg)
         self._max_inflight = 0 if isinstance(leg.load, Closed) else leg.load.max_inflight
         self._heads: list[plan.Session] = []
-        # (due, order, session, turn) of what is to be sent; a closed loop's slot: (due, order)
-        self._due: list[tuple[float, int, plan.Session | None, int]] = []
+        # (due, order, session) of what is to be sent; None: a slot is free
+        self._due: list[tuple[float, int, _Course | None]] = []
         self._order = itertools.count()
         self._ready: deque[tuple[float, Request]] = deque()  # that the front end has taken in
         self._flying: dict[int, _Flight] = {}
@@ -170,7 +196,7 @@ class _LegRun:
         if isinstance(leg.load, Closed):
             slots = leg.load.concurrency
             for i in range(slots):
-                self._push(t0_s + leg.warmup_s * i / slots, None, 0)
+                self._push(t0_s + leg.warmup_s * i / slots, None)
         else:
             self._next_arrival()
 
@@ -280,15 +306,15 @@ class _LegRun:
 
     # ---------------------------------------------------------------------------------- inside
 
-    def _push(self, due_s: float, session: plan.Session | None, turn: int) -> None:
-        heapq.heappush(self._due, (due_s, next(self._order), session, turn))
+    def _push(self, due_s: float, course: _Course | None) -> None:
+        heapq.heappush(self._due, (due_s, next(self._order), course))
 
     def _next_arrival(self) -> None:
         session = next(self._sessions, None)
         if session is None:
             self._more = False
         else:
-            self._push(self.t0_s + (session.due_s or 0.0), session, 0)
+            self._push(self.t0_s + (session.due_s or 0.0), _Course(session))
 
     def _idle(self, until_s: float) -> bool:
         """Nothing to compute: on to what comes next. False: nothing will."""
@@ -302,21 +328,22 @@ class _LegRun:
         return True
 
     def _send(self) -> None:
-        due_s, _, session, turn = heapq.heappop(self._due)
-        if session is None:  # a slot is free
+        due_s, _, course = heapq.heappop(self._due)
+        if course is None:  # a slot is free
             session = next(self._sessions, None)
             if session is None:
                 self._more = False
                 return
-        elif turn == 0:
+            course = _Course(session)
+        elif course.turn == 0:
             self._next_arrival()
-        what, due_ns = session.turns[turn], round(due_s * NS)
+        what, due_ns = course.what, round(due_s * NS)
         record = RequestRecord(
-            leg=self.leg.id, shard=0, seq=self._seq, session=session.k, turn=turn,
-            cls=session.cls, due_ns=due_ns, end_ns=due_ns, outcome=Outcome.DROPPED,
-            want_prompt_tok=what.prompt_tok, max_tokens=what.output_tok)
+            leg=self.leg.id, shard=0, seq=self._seq, session=course.planned.k, turn=course.turn,
+            cls=course.planned.cls, due_ns=due_ns, end_ns=due_ns, outcome=Outcome.DROPPED,
+            want_prompt_tok=course.prompt_tok, max_tokens=what.output_tok)
         self._seq += 1
-        if what.prompt_tok >= self._engine.config.max_model_len:
+        if course.prompt_tok >= self._engine.config.max_model_len:
             record.outcome, record.status = Outcome.HTTP_ERROR, 400
             record.error = "HTTP 400: the prompt is longer than the model's context"
             record.sent_ns = due_ns
@@ -324,16 +351,24 @@ class _LegRun:
             record.error = f"max_inflight of {self._max_inflight} reached"
         else:
             record.outcome = Outcome.OK
-            self._submit(record, session, due_s)
+            self._submit(record, course, due_s)
             return
         self._count(record)
-        if isinstance(self.leg.load, Closed):
-            self._push(due_s + DROP_PAUSE_S, None, 0)
+        self._go_on(course, record.outcome, due_s + DROP_PAUSE_S)
 
-    def _submit(self, record: RequestRecord, session: plan.Session, due_s: float) -> None:
-        what = session.turns[record.turn]
+    def _go_on(self, course: _Course, outcome: Outcome, free_s: float) -> None:
+        """What a session or its slot does after a request; as `talk` says."""
+        if course.goes_on and outcome not in OVER:
+            course.turn += 1
+            self._push(free_s + course.what.think_s, course)
+        elif isinstance(self.leg.load, Closed):
+            self._push(free_s + course.planned.turns[0].think_s, None)
+
+    def _submit(self, record: RequestRecord, course: _Course, due_s: float) -> None:
+        what, prompt_tok = course.what, record.want_prompt_tok or 0
         request_id = next(self._ids)
-        self._flying[request_id] = _Flight(request_id, record, session, [])
+        blocks = self._blocks(course, request_id, prompt_tok)
+        self._flying[request_id] = _Flight(request_id, record, course, blocks, [])
         self._awaited += self._measures(record.due_ns)
         record.sent_ns, record.inflight = record.due_ns, len(self._flying)
         if what.abandon_after_s is not None:
@@ -341,17 +376,20 @@ class _LegRun:
                                           Outcome.ABANDONED))
         if (fault := self._faults.draw()) is not None:
             self._flying[request_id].stall_at = int(fault.at)
-        sampling = self._classes[session.cls].sampling
+        sampling = self._classes[course.planned.cls].sampling
         self._ready.append((self._front.take_in(due_s), Request(
-            request_id, what.prompt_tok, what.output_tok, bool(sampling.ignore_eos),
-            sampling.min_tokens or 0,
-            self._blocks(session, record.turn, request_id, what.prompt_tok))))
+            request_id, prompt_tok, what.output_tok, bool(sampling.ignore_eos),
+            sampling.min_tokens or 0, blocks)))
 
-    def _blocks(self, session: plan.Session, turn: int, request_id: int,
-                prompt_tok: int) -> list[int]:
+    def _blocks(self, course: _Course, request_id: int, prompt_tok: int) -> list[int]:
         """Hashes of the prompt's blocks: a chat template's first, those of a shared prefix, and
-        what nobody else has."""
-        n = prompt_tok // BLOCK_TOK
+        what nobody else has. A later turn begins with all that was said; where one is to come,
+        the answer's blocks follow."""
+        session = course.planned
+        n = (prompt_tok + (course.what.output_tok if course.goes_on else 0)) // BLOCK_TOK
+        own = request_id << 20
+        if course.blocks and course.what.text is None:
+            return [*course.blocks, *range(own, own + n - len(course.blocks))]
         shared = self._classes[session.cls].shared_prefix
         common = 1 if self._scenario.endpoint == "chat" else 0
         blocks = [-1] * common
@@ -361,10 +399,9 @@ class _LegRun:
         if shared is not None and session.prefix:
             first = zlib.crc32(f"{session.cls}/{session.prefix[0]}".encode()) << 20
             blocks += range(-2 - first - shared.tokens // BLOCK_TOK, -2 - first)
-        if (given := session.turns[turn].text) is not None:  # equal texts are equal blocks
-            said = "\n".join([*(text for _, text in session.turns[turn].before), given])
+        if (given := course.what.text) is not None:  # equal texts are equal blocks
+            said = "\n".join([*(text for _, text in course.what.before), given])
             blocks += _blocks_of(said, n - len(blocks))
-        own = request_id << 20
         blocks += range(own, own + max(0, n - len(blocks)))
         return blocks[:n]
 
@@ -432,14 +469,12 @@ class _LegRun:
             self._stamp(record, flight.spans)
         self._awaited -= self._measures(record.due_ns)
         self._count(record)
-        if not again:
-            return
-        turns = flight.planned.turns
-        if record.turn + 1 < len(turns):
-            think_s = turns[record.turn + 1].think_s
-            self._push(end_s + think_s, flight.planned, record.turn + 1)
-        elif isinstance(self.leg.load, Closed):
-            self._push(end_s, None, 0)
+        course = flight.course
+        if course.goes_on and outcome in HEARD and record.output_tok:
+            course.history_tok = (record.want_prompt_tok or 0) + record.output_tok
+            course.blocks = flight.blocks[:course.history_tok // BLOCK_TOK]
+        if again:
+            self._go_on(course, outcome, end_s)
 
     def _stamp(self, record: RequestRecord, spans: list[list[int]]) -> None:
         """Tokens and their times, of the steps that it took part in."""

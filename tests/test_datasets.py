@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from loadgen import datasets, openai, plan, scenario, validity
+from loadgen import datasets, plan, scenario, validity
 from loadgen.config import convert
 from loadgen.errors import ScenarioError
 from loadgen.leg import Leg
@@ -16,6 +16,7 @@ from loadgen.prompts import Ratio
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario
 from loadgen.sources import Dataset, Messages, ShareGpt, Table
+from loadgen.talk import Talk
 
 SAMPLES = scenario.SHIPPED / "datasets"
 RATIO = Ratio(4.0, 10.0, "guess")
@@ -103,9 +104,7 @@ def test_the_body_holds_the_system_prompt_and_the_text_as_they_are(tmp_path: Pat
     said = [{"role": "system", "content": "Be brief. 短一点"},
             {"role": "user", "content": "Why \"so\"?\n\n"}]
     mix = loaded(tmp_path, {"format": "openai"}, lines({"messages": said, "output_tokens": 5}))
-    planned = plan.session(mix, 1, 0, None)
-    text = plan.prompt(mix.classes[0], planned, 0, 1, RATIO)
-    body = openai.body("chat", "m", text, 5, mix.classes[0], planned.turns[0].before)
+    body = Talk(mix, "m", plan.session(mix, 1, 0, None), 1, RATIO).body()
     assert json.loads(body)["messages"] == said
 
 

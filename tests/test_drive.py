@@ -20,7 +20,7 @@ from loadgen.errors import StoreError
 from loadgen.leg import Leg
 from loadgen.net import now_ns
 from loadgen.record import Outcome, Recorder, RequestRecord
-from loadgen.scenario import Closed, Load, Open, PerSecond, Trace
+from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Trace
 from loadgen.store import Journal, RunFolder
 from loadgen.target import Target
 from tests.raw_server import DONE, HEAD, HOLD, LAST, RawServer, Script, good, token
@@ -44,12 +44,13 @@ def constant(rate: float, max_inflight: int = 4096) -> Open:
 
 
 @asynccontextmanager
-async def working(tmp_path: Path, url: str, shard: int = 0, of: int = 1) -> AsyncIterator[Work]:
-    ratios = {c.name: prompts.guess(c) for c in MIX.classes}
-    async with Client(Target(url, "m"), MIX) as client:
+async def working(tmp_path: Path, url: str, shard: int = 0, of: int = 1,
+                  mix: Scenario = MIX) -> AsyncIterator[Work]:
+    ratios = {c.name: prompts.guess(c) for c in mix.classes}
+    async with Client(Target(url, "m"), mix) as client:
         journal = Journal(tmp_path / f"records-{shard}.jsonl")
         try:
-            yield Work(MIX, {c.name: MIX.slo_of(c.name) for c in MIX.classes}, ratios, client,
+            yield Work(mix, {c.name: mix.slo_of(c.name) for c in mix.classes}, ratios, client,
                        journal, shard, of, itertools.count())
         finally:
             journal.close()
@@ -78,12 +79,14 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 def flown(tmp_path: Path, what: Leg, script: Callable[[int], Script],
           act: Callable[[LegRun, RawServer], Coroutine[Any, Any, None]] | None = None,
-          get: Script | None = None) -> tuple[list[RequestRecord], LegRun, RawServer]:
+          get: Script | None = None,
+          mix: Scenario = MIX) -> tuple[list[RequestRecord], LegRun, RawServer]:
     """Runs a leg to its end; `act` does something to it meanwhile."""
     found: list[tuple[LegRun, RawServer]] = []
 
     async def test() -> None:
-        async with RawServer(script, get) as server, working(tmp_path, server.url) as work:
+        async with RawServer(script, get) as server, working(
+                tmp_path, server.url, mix=mix) as work:
             running = LegRun(work, what, soon())
             found.append((running, server))
             acting = asyncio.create_task(act(running, server)) if act else None

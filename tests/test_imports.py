@@ -18,12 +18,17 @@ ALLOWED = {
     "errors": "", "texts": "", "sse": "", "target": "", "telemetry": "", "bulk": "",
     "config": "errors",
     "sources": "config", "datasets": "errors sources",
-    "scenario": "config datasets errors presets sources", "presets": "",
-    "prompts": "scenario sources texts",
+    "sessions": "config", "dialogue": "",
+    "expect": "", "repeats": "", "code": "", "schema": "",
+    "scenario": "config datasets errors expect presets sessions sources", "presets": "",
+    "tasks": "expect scenario texts",
+    "prompts": "dialogue scenario sources tasks texts",
     "leg": "scenario",
     "stages": "scenario",
-    "plan": "datasets leg prompts scenario sources",
+    "plan": "datasets dialogue leg prompts scenario sessions sources tasks",
     "traces": "datasets errors plan scenario sources",
+    "talk": "openai plan prompts record scenario",
+    "recall": "dialogue",
     "openai": "scenario",
     "record": "bulk openai sse",
     "metrics": "record scenario",
@@ -42,11 +47,14 @@ ALLOWED = {
     "pulse": "leg metrics",
     "net": "", "stamps": "", "dial": "target",
     "connection": "dial net stamps",
-    "flight": "connection deadline net record scenario stamps target",
-    "client": "connection dial flight net openai record scenario stamps target",
-    "drive": "client flight leg metrics net openai plan prompts record scenario store",
+    "outputs": "openai record scenario store",
+    "answers": "expect leg outputs plan prompts record scenario store tasks validate",
+    "flight": "connection deadline net outputs record scenario stamps target",
+    "client": "connection dial flight net openai outputs record scenario stamps target",
+    "drive": "client flight leg metrics net plan prompts record scenario store talk",
     "child": "net",
-    "shard": "child client datasets drive errors leg net prompts pulse scenario store target",
+    "shard": "child client datasets drive errors leg net outputs prompts pulse scenario store "
+             "target",
     "supervise": "errors leg metrics prompts scenario shard store target",
     "telemetry.nvml": "", "telemetry.gpu": "store",
     "telemetry.server": "dial store target",
@@ -75,21 +83,23 @@ ALLOWED = {
     "board": "metrics record scenario",
     "exporter": "board child errors judge leg record scenario store supervise",
     "facts": "judge prompts scenario store target",
-    "virtual": "judge leg metrics plan record scenario sources store supervise telemetry.signs",
+    "virtual": "judge leg metrics plan record scenario sources store supervise talk "
+               "telemetry.signs",
     "resume": "errors judge leg ramp record store sweep telemetry.signs",
-    "runner": "calibrate errors exporter facts health judge leg prompts ramp record resume "
+    "runner": "answers calibrate errors exporter facts health judge leg prompts ramp record resume "
               "scenario store supervise sweep target telemetry.gpu telemetry.server "
               "telemetry.signs traces unit view virtual watch",
-    "campaign": "errors scenario store target",
+    "campaign": "errors scenario",
+    "cells": "campaign errors scenario store target",
     "options": "dial errors scenario sources target traces",
-    "cli": "options calibration campaign datasets doctor errors evidence exits judge leg ramp "
-           "resume runner scenario store target terminal view",
-    "validate": "errors record scenario store",
+    "cli": "options calibration campaign cells datasets doctor errors evidence exits judge leg "
+           "ramp resume runner scenario store target terminal view",
+    "validate": "code dialogue expect openai recall repeats schema",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
                 "scenario", "telemetry.signs", "errors", "evidence", "exits", "headroom",
-                "terminal", "unit"}
+                "terminal", "unit", "campaign", "cells", "answers"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",
@@ -98,8 +108,9 @@ COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selfte
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
         "validity", "sequential", "settle", "judge", "evidence", "exits", "pace", "ramp", "leg",
         "stages", "deadline", "plan", "sources", "datasets", "prompts", "scenario", "health",
-        "target", "telemetry.signs", "headroom", "rungs", "presets", "hosts.clock",
-        "hosts.ledger", "hosts.tallies"}
+        "target", "expect", "tasks", "validate", "repeats", "code", "schema", "telemetry.signs",
+        "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger", "hosts.tallies",
+        "sessions", "dialogue", "talk", "recall"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

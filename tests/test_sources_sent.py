@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from loadgen import openai, plan, prompts, scenario, traces
+from loadgen import plan, prompts, scenario, traces
 from loadgen.errors import StoreError
 from loadgen.leg import Leg
 from loadgen.prompts import Ratio
@@ -17,6 +17,7 @@ from loadgen.scenario import Closed, Load, Scenario
 from loadgen.sources import TraceFile
 from loadgen.store import RunFolder
 from loadgen.supervise import Shards
+from loadgen.talk import Talk
 from loadgen.target import Target
 from tests.raw_server import DONE, HEAD, LAST, RawServer, Script, finish, token, usage
 from tests.test_shard import manifest, nobody_died, unseen
@@ -48,9 +49,7 @@ def sent_by(folder: Path, mix: Scenario, what: Leg, ratios: dict[str, Ratio],
 
 
 def planned(mix: Scenario, what: Leg, ratios: dict[str, Ratio]) -> list[bytes]:
-    return [openai.body("chat", "m", plan.prompt(mix.of(s.cls), s, 0, what.seed, ratios[s.cls]),
-                        s.turns[0].output_tok, mix.of(s.cls), s.turns[0].before)
-            for s in plan.sessions(mix, what)]
+    return [Talk(mix, "m", s, what.seed, ratios[s.cls]).body() for s in plan.sessions(mix, what)]
 
 
 def test_two_processes_send_a_trace_s_requests_once_each_to_the_byte(tmp_path: Path) -> None:

@@ -307,8 +307,23 @@ def test_slots_are_not_asked_about_where_they_rest_by_plan() -> None:
     empty = slots(0.3, 40)
     assert "slots-empty" not in verdicts(CLOSED, empty, alone=False)  # Locust's users
     assert "slots-empty" not in verdicts(OPEN, empty, alone=True)
-    talks = [*empty, record(turn=1)]  # who talks thinks in between
-    assert "slots-empty" not in verdicts(CLOSED, talks, alone=True)
+    assert "slots-empty" in verdicts(CLOSED, empty, alone=True)
+    thinking = balance.of(CLOSED, window(alone=True), empty, empty, rests=True)
+    assert thinking.slots_frac is None
+    assert thinking.inflight_mean is not None
+
+
+def test_slots_of_sessions_without_a_pause_must_be_full() -> None:
+    talks = [*slots(0.3, 40), record(turn=1)]
+    assert "slots-empty" in verdicts(CLOSED, talks, alone=True)
+
+
+def test_a_rate_is_of_sessions_and_their_later_turns_do_not_hide_a_late_generator() -> None:
+    """Of 40 arrivals 10 came; with their later turns there are more records than arrivals."""
+    first, later = spread(10), spread(50, turn=1)
+    books = balance.of(OPEN, window(alone=True), first, [*first, *later])
+    assert (books.asked, books.begun) == (90, 60)
+    assert verdicts(OPEN, [*first, *later], alone=True)["achieved-rate"] == "INVALID"
 
 
 def test_slots_are_not_empty_by_a_stall_that_is_told_already() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
 
-from loadgen import view
+from loadgen import answers, view
 from loadgen.attend import Ask
 from loadgen.errors import GeneratorError, LoadgenError, ServerError
 from loadgen.fleet.run import FleetRun, OnLeg
@@ -92,6 +92,8 @@ class Conductor:
         window = run.end(ending, note)
         run.cancel(on)
         records = [r for r in self._folder.records(self._offsets) if r.leg == leg.id]
+        prepared = run.prepared
+        answers.check(self._folder, prepared.scenario, prepared.ratios, [leg], records)
         return window, records, signs_of(window, series(self._folder.rows(), "server"))
 
     def _watch(self, run: FleetRun, on: OnLeg) -> tuple[Ending, str | None]:

@@ -26,11 +26,13 @@ from loadgen import metrics, openai, plan
 from loadgen.errors import StoreError
 from loadgen.judge import Criteria
 from loadgen.leg import Ending, Leg, Window
+from loadgen.outputs import Outputs
 from loadgen.prompts import Ratio
 from loadgen.pulse import Pulse
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
-from loadgen.scenario import Closed, RequestClass, Scenario, Slo
+from loadgen.scenario import Closed, Scenario, Slo
 from loadgen.store import SCHEMA, Header, Journal, LegLine, RunFolder
+from loadgen.talk import Talk
 from loadgen.target import Target
 
 SETTLE_S = 10.0  # at most so long a leg waits for what was begun before all users were there
@@ -61,14 +63,14 @@ class Prepared(Struct, frozen=True):
 
 
 class Planned(Struct, frozen=True):
-    """A request of the plan; `due_s` counts from the leg's start, None: when its user is free."""
+    """A session of the plan; `due_s` counts from the leg's start, None: when its user is free."""
 
-    k: int
-    cls: str
-    body: bytes
-    prompt_tok: int | None
-    output_tok: int
+    talk: Talk
     due_s: float | None = None
+
+    @property
+    def k(self) -> int:
+        return self.talk.planned.k
 
 
 class OnLeg:
@@ -117,9 +119,8 @@ class OnLeg:
         if self._filling.ready():
             self._filling = gevent.spawn(self._fill)
         planned = self._ahead.popleft()
-        if cls is None or cls == planned.cls:
-            return planned
-        return self._build(plan.Session(planned.k, planned.cls, planned.due_s, ()), cls)
+        session = planned.talk.planned
+        return planned if cls in (None, session.cls) else self._build(session, cls)
 
     def give_back(self, planned: Planned) -> None:
         """Its user was stopped before it was due: another one sends it."""
@@ -148,14 +149,10 @@ class OnLeg:
         if cls is not None and cls != session.cls:
             only = msgspec.structs.replace(mix, classes=(mix.of(cls),))
             session = plan.session(only, seed, session.k, session.due_s)
-        of = mix.of(session.cls)
-        turn = session.turns[0]
-        text = plan.prompt(of, session, 0, seed, self._prepared.ratios[of.name])
-        body = openai.body(mix.endpoint, self._prepared.target.model, text, turn.output_tok, of,
-                           turn.before)
-        wanted = turn.prompt_tok if turn.text is None else None
-        return Planned(session.k, of.name, body, wanted, turn.output_tok,
-                       session.due_s if session.due_s is not None else self._spread(session.k))
+        talk = Talk(mix, self._prepared.target.model, session, seed,
+                    self._prepared.ratios[session.cls])
+        return Planned(talk, session.due_s if session.due_s is not None
+                       else self._spread(session.k))
 
     def _spread(self, k: int) -> float | None:
         """A closed loop's first starts are spread over the warm-up: all at once would be a burst
@@ -164,6 +161,9 @@ class OnLeg:
         if not isinstance(load, Closed) or k >= load.concurrency or warmup_s <= 0:
             return None
         return warmup_s * k / load.concurrency
+
+
+Going = tuple[OnLeg, Talk]  # a user's session, and the leg of whose plan it is
 
 
 class FleetRun:
@@ -181,6 +181,7 @@ class FleetRun:
         self.ended_tok = 0  # output tokens of ended requests, for the live throughput
         self._journal = Journal(folder.records_path(0))
         self._journal.append(Header(SCHEMA, folder.path.name, 0, now_ns(), time.time_ns()))
+        self._outputs = Outputs(folder.path / "outputs-0.jsonl", prepared.scenario)
         self._legs: Journal = folder.legs_journal()
         self._seq: Iterator[int] = itertools.count()
 
@@ -269,9 +270,11 @@ class FleetRun:
             raise StopUser
 
     def take_off(self, cls: str | None, text: str | None, max_tokens: int | None,
-                 free_ns: int | None) -> tuple[OnLeg, Recorder] | None:
+                 free_ns: int | None, going: Going | None = None) -> tuple[OnLeg, Recorder,
+                                                                           Talk] | None:
         """The next request to send, once it is due. Open loop: at its instant in the plan; closed:
-        when its user became free (`free_ns`; None: now). None: there is no leg any more."""
+        when its user becomes free (`free_ns`; None: now). `going`: the user's session, which goes
+        on as long as its leg does. None: there is no leg any more."""
         while self.on is not None or self.goes_on:
             if (on := self.on) is None:
                 self._begun.wait()
@@ -280,32 +283,39 @@ class FleetRun:
                 on.over.wait(SURPLUS_S)
                 free_ns = None  # the slot that it may get is another's, and free only then
                 continue
-            planned = on.next(cls)
-            due_ns = now_ns() if free_ns is None else free_ns
-            if planned.due_s is not None:
-                due_ns = on.t0_ns + round(planned.due_s * 1e9)
+            planned = None
+            if going is not None and going[0] is on and text is None and (
+                    cls in (None, going[1].planned.cls)):
+                talk, due_ns = going[1], going[1].due_ns(free_ns or now_ns(), now_ns())
+            else:
+                planned = on.next(cls)
+                talk, due_ns = planned.talk, _due_ns(on, planned, free_ns)
+            if due_ns > now_ns():
                 try:
                     if not on.wait_until(due_ns):
                         continue  # the leg ended meanwhile: its plan is void
                 except BaseException:
-                    on.give_back(planned)
+                    if planned is not None:
+                        on.give_back(planned)
                     raise
-            if text is not None:
-                planned = self._with_text(planned, text, max_tokens)
             due_ns = max(due_ns, on.t0_ns)  # a user that comes over from the leg before
-            recorder = Recorder(self._shot(on, planned, due_ns),
-                                self.prepared.scenario.throttle_status)
+            shot = self._shot(on, talk, due_ns, text, max_tokens)
+            recorder = Recorder(shot, self.prepared.scenario.throttle_status,
+                                shot.keeps or self._outputs.wants(shot.cls))
             self.flights[recorder.shot.seq] = on, recorder
             on.taken += 1
             self._greenlets[recorder.shot.seq] = gevent.getcurrent()
             recorder.inflight = len(self.flights)
-            return on, recorder
+            return on, recorder, talk
         return None
 
     def land(self, on: OnLeg, record: RequestRecord) -> None:
         """A request has ended: journal, counts, and what the live page looks back on."""
+        recorder = self.flights[record.seq][1]
         del self.flights[record.seq], self._greenlets[record.seq]
         try:
+            if self._outputs.wants(record.cls):
+                record.output_ref = self._outputs.keep(record, recorder.answer())
             self._journal.append(record)
         except StoreError as e:
             self.failed = self.failed or str(e)
@@ -326,18 +336,29 @@ class FleetRun:
         while self.recent and record.end_ns - self.recent[0].end_ns > RECENT_S * 1e9:
             self.recent.popleft()
 
-    def _with_text(self, planned: Planned, text: str, max_tokens: int | None) -> Planned:
-        """A prompt of the user's own, with the sampling of its class."""
-        mix = self.prepared.scenario
-        of: RequestClass = mix.of(planned.cls)
-        tokens = max_tokens or planned.output_tok
-        body = openai.body(mix.endpoint, self.prepared.target.model, text, tokens, of)
-        return Planned(planned.k, of.name, body, None, tokens, planned.due_s)
+    def _shot(self, on: OnLeg, talk: Talk, due_ns: int, text: str | None,
+              max_tokens: int | None) -> Shot:
+        """The talk's next turn; or, instead of all of it, a `text` of the user's own, with the
+        sampling of its class."""
+        planned, what, tokens = talk.planned, talk.what, talk.what.output_tok
+        body, want_tok = b"", None
+        if text is None:
+            body, want_tok = talk.body(), talk.want_prompt_tok
+        else:
+            mix, tokens = self.prepared.scenario, max_tokens or tokens
+            body = openai.body(mix.endpoint, self.prepared.target.model, text, tokens,
+                               mix.of(planned.cls))
+        return Shot(leg=on.leg.id, shard=0, seq=next(self._seq), session=planned.k, turn=talk.turn,
+                    cls=planned.cls, due_ns=due_ns, body=body, want_prompt_tok=want_tok,
+                    max_tokens=tokens, abandon_after_s=what.abandon_after_s,
+                    keeps=talk.keeps and text is None)
 
-    def _shot(self, on: OnLeg, planned: Planned, due_ns: int) -> Shot:
-        return Shot(leg=on.leg.id, shard=0, seq=next(self._seq), session=planned.k, turn=0,
-                    cls=planned.cls, due_ns=due_ns, body=planned.body,
-                    want_prompt_tok=planned.prompt_tok, max_tokens=planned.output_tok)
+
+def _due_ns(on: OnLeg, planned: Planned, free_ns: int | None) -> int:
+    """When a session is due: at its instant, or when its user is free."""
+    if planned.due_s is not None:
+        return on.t0_ns + round(planned.due_s * 1e9)
+    return now_ns() if free_ns is None else free_ns
 
 
 RUNS: "weakref.WeakKeyDictionary[Environment, FleetRun]" = weakref.WeakKeyDictionary()

@@ -22,7 +22,7 @@ from locust.exception import StopUser
 
 from loadgen import openai
 from loadgen.fleet import rows
-from loadgen.fleet.run import Cancelled, FleetRun, run_of
+from loadgen.fleet.run import Cancelled, FleetRun, Going, run_of
 from loadgen.fleet.stream import Stream, pool_manager
 from loadgen.record import Outcome, RequestRecord
 
@@ -53,23 +53,25 @@ class LLMUser(HttpUser):
         run = self._run
         target = run.prepared.target
         self._free_ns: int | None = None
+        self._going: Going | None = None  # a session that has turns left
         self._stream = Stream(
             self.client, target.base_url + openai.PATHS[run.prepared.scenario.endpoint],
             target.headers)
 
     def ask(self, text: str | None = None, *, cls: str | None = None,
             max_tokens: int | None = None) -> RequestRecord:
-        """Sends the next request of the scenario's mix, of class `cls` where it is given, or one
-        with a `text` of your own; returns its record when its stream has ended. Raises StopUser
-        when the test is over, and on a class that the scenario does not have: that ends it."""
+        """Sends the next request of this user's session, or the first of the mix's next session, of
+        class `cls` where it is given; or one with a `text` of your own. Returns its record when its
+        stream has ended. Raises StopUser when the test is over, and on a class that the scenario
+        does not have: that ends it."""
         run: FleetRun | None = self._run
         while run is None:  # of a fleet's worker: its shards send, until Locust stops this user
             gevent.sleep(1)
         run.check_class(cls)
-        taken = run.take_off(cls, text, max_tokens, self._slot_free_ns())
+        taken = run.take_off(cls, text, max_tokens, self._slot_free_ns(), self._going)
         if taken is None:
             raise StopUser
-        on, recorder = taken
+        on, recorder, talk = taken
         failure: Outcome | None = Outcome.CANCELLED  # unless the stream ends: Locust kills users
         error: str | None = None
         try:
@@ -83,6 +85,10 @@ class LLMUser(HttpUser):
                 record.error = run.prepared.target.scrub(record.error)
             self._free_ns = record.end_ns
             run.land(on, record)
+        if text is None:
+            goes_on = talk.keeps and talk.heard(record, recorder.answer().text)
+            self._going = (on, talk) if goes_on else None
+            self._free_ns += 0 if goes_on else talk.rest_ns
         if record.outcome is not Outcome.CANCELLED:  # our doing, no request of Locust's
             rows.show(self.environment, record, self._stream.n_bytes)
         return record

@@ -99,6 +99,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    "a real server, by `python -m servers.sim.fit RUN`")
     p.add_argument("--tensor-parallel-size", "-tp", type=_number(int, 1, 64), default=1)
     p.add_argument("--gpu-memory-utilization", type=_number(float, 0.01, 1), default=0.92)
+    p.add_argument("--dtype", choices=("auto", "half", "float16", "bfloat16"), default="auto",
+                   help="all of two bytes: here they are one")
     p.add_argument("--max-model-len", type=_number(int, 1, 10**7))
     p.add_argument("--max-num-seqs", type=_number(int, 1, 10**5))
     p.add_argument("--max-num-batched-tokens", type=_number(int, 1, 10**6))
@@ -156,7 +158,8 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 
 def _key(name: str) -> str:
     """`Qwen/Qwen2.5-7B-Instruct` or `RTX-4090D` as the tables have it."""
-    key = name.rsplit("/", 1)[-1].lower().removeprefix("meta-").removesuffix("-instruct")
+    key = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    key = key.removesuffix("-instruct").removesuffix("-chat")
     return key.removeprefix("rtx").lstrip("-_ ")
 
 

@@ -37,11 +37,26 @@ def instance(schema: Any, rng: random.Random) -> Any:
 
 
 def spoiled(value: Any, schema: Any, rng: random.Random) -> str:
-    """`value` as JSON text that is wrong: cut short, or without what the schema requires."""
+    """`value` as JSON text that is wrong in one of the ways that models have: cut short, a text
+    around it, a required field left out or misnamed, a list or a number as a string."""
+    whole = json.dumps(value, ensure_ascii=False)
+    ways = [whole[:-1] or "{", f"Here is the JSON: {whole}"]
     required = schema.get("required") if isinstance(schema, dict) else None
-    if isinstance(value, dict) and isinstance(required, list) and required and rng.random() < 0.5:
-        return json.dumps({k: v for k, v in value.items() if k != required[0]}, ensure_ascii=False)
-    return json.dumps(value, ensure_ascii=False)[:-1] or "{"
+    if isinstance(value, dict) and isinstance(required, list) and required:
+        ways += [json.dumps(x, ensure_ascii=False) for x in _misshapen(value, required)]
+    return rng.choice(ways)
+
+
+def _misshapen(value: Mapping[str, Any], required: Sequence[str]) -> list[dict[str, Any]]:
+    first = required[0]
+    found: list[dict[str, Any]] = [
+        {k: v for k, v in value.items() if k != first},
+        {f"{k}_value" if k == first else k: v for k, v in value.items()}]
+    for kind in (list, int):
+        name = next((k for k in required if type(value.get(k)) is kind), None)
+        if name is not None:
+            found.append({**value, name: json.dumps(value[name], ensure_ascii=False)})
+    return found
 
 
 class _Maker:
