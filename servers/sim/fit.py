@@ -3,169 +3,92 @@
     python -m servers.sim.fit RUN --gpu h200 --model qwen2.5-7b --out h200.toml
     python -m servers.sim --profile h200.toml
 
-RUN is a run folder of loadgen; best one of several levels, 1 and the highest among them. What a run
-cannot tell keeps its shipped value, and the file says so.
+RUN is a run folder of loadgen; best one of several levels, 1 and the highest among them. Its
+requests are replayed on the engine in virtual time until what their clients saw is what they saw
+then (a minute or two). What a run cannot tell keeps its shipped value; file and terminal say why,
+and what kind of run would tell it.
 """
 
 import argparse
-import json
+import math
 import sys
-from collections.abc import Sequence
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from servers.sim.costs import DoesNotFit, Machine, batch_defaults, kv_blocks
+from servers.sim.engine import EngineConfig
+from servers.sim.match import Match, match
+from servers.sim.profiles import CONSTANTS, GPUS, MODELS, Profile, dumps
+from servers.sim.seen import CannotFit, facts_of, legs_of, read
 
-from servers.sim.costs import ACTIVATION_BYTES, BYTES, Machine, StepTime, batch_defaults
-from servers.sim.profiles import CONSTANTS, GPUS, MODELS, Constants, Profile, dumps
-from servers.sim.seen import (
-    CannotFit,
-    Decode,
-    Floats,
-    Seen,
-    SeenLeg,
-    legs_of,
-    lone_prompts,
-    quiet_gaps,
-    read,
-)
-
-MIN_N = 20  # prompts that met an empty server
-MIN_FRONT_STREAMS, MIN_FRONT_N = 32, 50  # gaps in which the front end is looked for
-SLOWER = 1.15  # than the GPU's: a gap that is the front end's
-OUTLIER = 0.01  # off by more, and a bin counts for less
-PRIOR = 0.0005  # weight of the shipped constants, against all of the data
-KEPT = "not told by this run: as shipped"
-
-
-def fit(records: Sequence[Seen], machine: Machine, batched_tok: int,
-        source: str) -> tuple[Constants, dict[str, str]]:
-    """The constants, and how each was found. Raises CannotFit."""
-    legs, shipped, notes = legs_of(records), machine.constants, dict[str, str]()
-    front_s = _front_token(legs, machine)
-    token_s = shipped.front_token_s if front_s is None else front_s
-    notes["front_token_s"] = (KEPT if front_s is None else "the shortest gap per stream, where "
-                              "gaps are longer than the GPU's")
-    # where the front end is the limit, gaps tell nothing of the GPU, nor do those of such a leg's
-    # quieter moments, which come late
-    decode = quiet_gaps(legs if front_s is None else _low(legs, max(
-        leg.peak for leg in legs) / 4))
-    share, host_s = _decode(machine, decode)
-    about = f"{int(decode.n.sum())} token gaps at {decode.streams.min():g} to " \
-            f"{decode.streams.max():g} streams"
-    notes |= {"bandwidth_frac": about, "host_step_s": about}
-    found = replace(shipped, bandwidth_frac=share, host_step_s=host_s,
-                    front_token_s=token_s, source=source)
-    tokens, ttft_s = lone_prompts(legs)
-    if len(tokens) < MIN_N:
-        return found, notes | {"front_latency_s": KEPT}
-    mfu, latency_s = _prefill(replace(machine, constants=found), tokens, ttft_s, batched_tok)
-    about = f"{len(tokens)} prompts that met an empty server, of {tokens.min():g} to " \
-            f"{tokens.max():g} tokens"
-    notes |= {"mfu": about, "front_latency_s": about if latency_s is not None else KEPT}
-    return replace(found, mfu=mfu, front_latency_s=(
-        shipped.front_latency_s if latency_s is None else latency_s)), notes
+UTILIZATION = 0.9  # of the card's memory, where the run does not say how much it took
+TELLS = {
+    "bandwidth_frac": "a model whose weights take long to read, at 1 stream and at 64",
+    "mfu": "prompts of 100 to 4,000 tokens, sent one at a time",
+    "host_step_s": "levels 1 to 64 with short and with long prompts",
+    "host_layer_s": "runs of several models: one has only its sum with host_step_s",
+    "host_seq_s": "levels up to 256 with short prompts, on a GPU that stays ahead of the API "
+                  "server",
+    "loop_step_s": "a model so small that the engine's loop is slower than the GPU, at 1 stream",
+    "loop_seq_s": "such a model at levels 1 to 64",
+    "front_token_s": "a level at which the API server is the limit: 256 and more, a quick model",
+    "front_merged_s": "a small model at 64 to 128 streams, so that events hold several tokens",
+    "front_request_s": "short answers at a high level: many requests a second",
+    "front_latency_s": "prompts of several lengths, sent one at a time",
+}
 
 
-def _front_token(legs: Sequence[SeenLeg], machine: Machine) -> float | None:
-    """Seconds per token of the front end; None if it was never the limit. Where it is, a step's
-    tokens are as far from the next step's as they take to be written, however fast the GPU is:
-    the shortest gap per stream; and that is longer than levels below let expect of the GPU."""
-    d = quiet_gaps(legs)
-    of = (d.streams >= MIN_FRONT_STREAMS) & (d.n >= MIN_FRONT_N)
-    if not of.any():
-        return None
-    each = (d.gap_s / d.streams)[of]
-    front_s = float(np.median(each[each <= 1.1 * each.min()]))
-    low = _low(legs, max(leg.peak for leg in legs) / 4)
-    if len(low) == len(legs):
-        return None
-    share, host_s = _decode(machine, quiet_gaps(low))
-    gpu = StepTime(replace(machine, constants=replace(
-        machine.constants, bandwidth_frac=share, host_step_s=host_s)))
-    at = int(np.argmin(np.where(of, d.gap_s / d.streams, np.inf)))
-    n, context = int(d.streams[at]), int(d.context_tok[at])
-    return front_s if d.gap_s[at] > SLOWER * gpu.of(n, n, float(context), context) else None
+def config_of(folder: Path, machine: Machine, batched_tok: int | None,
+              seqs: int | None) -> EngineConfig:
+    """The server's sizes, as the manifest has them; else vLLM's defaults for the card. Raises
+    CannotFit."""
+    said: dict[str, Any] = facts_of(folder).get("server") or {}
+    default_tok, default_seqs = batch_defaults(machine.gpu)
+    seqs = seqs or said.get("max_num_seqs") or default_seqs
+    batched_tok = batched_tok or said.get("max_num_batched_tokens") or max(default_tok, seqs)
+    most = said.get("max_model_len") or machine.model.max_len
+    blocks = said.get("kv_cache_blocks")
+    try:
+        blocks = blocks or kv_blocks(machine, said.get("gpu_memory_utilization") or UTILIZATION,
+                                     batched_tok, seqs, most)
+        return EngineConfig(machine, blocks, most, batched_tok, seqs, prefix_caching=False)
+    except (DoesNotFit, ValueError) as e:
+        raise CannotFit(f"this run's model does not fit on that card: {e}") from e
 
 
-def _low(legs: Sequence[SeenLeg], most: float) -> list[SeenLeg]:
-    """The legs with so many streams at most; the one with the fewest at least."""
-    fewest = min(leg.peak for leg in legs)
-    return [leg for leg in legs if leg.peak <= max(most, fewest)]
+def notes_of(found: Match) -> dict[str, str]:
+    """How each constant was found, or why not and what would tell it."""
+    notes = {"host_layer_s": f"as shipped: one model tells only its sum with host_step_s; it takes "
+                             f"{TELLS['host_layer_s'].partition(':')[0]}"}
+    for name, sd in found.sd.items():
+        leans = " and ".join(found.leaning.get(name, ()))
+        notes[name] = f"± {100 * math.expm1(2 * sd):.0f} %" + (
+            f", if {leans} is as shipped" if leans else "")
+    for name, why in found.doubts.items():
+        notes[name] = f"as shipped: {why}; it takes {TELLS[name]}"
+    return notes
 
 
-def _decode(machine: Machine, d: Decode) -> tuple[float, float]:
-    """(bandwidth_frac, host_step_s): a step reads weights and caches, and costs the host something
-    besides. Relative least squares, none below 0, outliers weighed down; the shipped constants as
-    a weak prior. (What the host takes per stream cannot be told from its cache: as shipped.)"""
-    m, c = machine.model, machine.constants
-    fixed_s = (c.host_layer_s * m.layers + c.host_seq_s * d.streams
-               + _links_s(machine, d.streams))
-    moved_s = (BYTES * (m.body + m.hidden * m.vocab) / machine.tp
-               + machine.kv_bytes_per_tok * (d.context_tok + d.streams)
-               + ACTIVATION_BYTES * m.layers * m.hidden * d.streams) / machine.gpu.bandwidth
-    prior = np.array([1 / c.bandwidth_frac, max(c.host_step_s, 1e-4)])
-    size = np.sqrt(d.n)
-    rows = np.column_stack([moved_s, np.ones_like(moved_s)]) / d.gap_s[:, None] * prior
-    wanted = (d.gap_s - fixed_s) / d.gap_s
-    pull = PRIOR * np.sqrt((size**2).sum()) * np.eye(2)
-    weight, x = size, prior
-    for _ in range(10):
-        x = _nonnegative(np.vstack([rows * weight[:, None], pull]),
-                         np.concatenate([wanted * weight, pull @ np.ones(2)]))
-        weight = size / (1 + (np.abs(rows @ x - wanted) / OUTLIER) ** 2)
-    slope, host_s = x * prior
-    return float(min(1.0, 1 / max(slope, 1e-9))), float(host_s)
+def table(found: Match) -> str:
+    """What the run's clients saw, and what those of a simulator see, with the fitted constants and
+    with the shipped ones."""
+    lines = ["level            figure        measured   fitted          shipped"]
+    for figure, now, before in zip(found.figures, found.found, found.before, strict=True):
+        scale, unit = (1, "") if figure.name == "tokens/event" else (1e3, " ms")
+        lines.append(
+            f"{figure.leg:16} {figure.name:12} {scale * figure.value:7.4g}{unit:3} "
+            f"{scale * now:8.4g} {_off(now, figure.value)} {scale * before:8.4g} "
+            f"{_off(before, figure.value)}")
+    offs = [sorted(abs(x / f.value - 1) for f, x in zip(found.figures, xs, strict=True))
+            for xs in (found.found, found.before)]
+    fitted, shipped = (100 * x[len(x) // 2] for x in offs)
+    return "\n".join([*lines, f"off by (median): fitted {fitted:.1f} %, shipped {shipped:.1f} %"])
 
 
-def _nonnegative(a: Floats, b: Floats) -> Floats:
-    """Least squares; what comes out below 0 is set to 0 and the others are found anew."""
-    keep = np.ones(a.shape[1], bool)
-    while True:
-        x = np.zeros(a.shape[1])
-        x[keep] = np.linalg.lstsq(a[:, keep], b, rcond=None)[0]
-        if (x >= 0).all():
-            return x
-        keep &= x > 0
-
-
-def _prefill(machine: Machine, tokens: Floats, ttft_s: Floats,
-             batched_tok: int) -> tuple[float, float | None]:
-    """(mfu, front_latency_s or None where all prompts are of one length)."""
-    m, c = machine.model, machine.constants
-    peak = machine.tp * machine.gpu.flops
-    flops_s = (2 * m.body * tokens + 2 * m.hidden * m.vocab
-               + 4 * m.layers * m.heads * m.head_dim * tokens**2 / 2) / peak
-    chunks = np.ceil(tokens / batched_tok)
-    step_s = c.host_step_s + c.host_layer_s * m.layers
-    host_s = chunks * step_s + chunks * _links_s(machine, tokens / chunks) + c.host_seq_s
-    rest_s = ttft_s - host_s - c.front_request_s - c.front_token_s
-    if np.ptp(flops_s) < 0.2 * flops_s.mean():
-        return _share(float(np.median((rest_s - c.front_latency_s) / flops_s))), None
-    slope, latency_s = 1 / 0.5, 0.0
-    keep = np.ones(len(tokens), bool)
-    for _ in range(5):  # without what a stall of a host made slow
-        rows = np.column_stack([flops_s, np.ones_like(flops_s)])[keep] / ttft_s[keep, None]
-        slope, latency_s = _nonnegative(rows, rest_s[keep] / ttft_s[keep])
-        off = np.abs(rest_s - slope * flops_s - latency_s) / ttft_s
-        keep = off <= max(3 * float(np.median(off)), 0.01)
-    return _share(float(slope)), float(latency_s)
-
-
-def _links_s(machine: Machine, tokens: Floats) -> Floats:
-    """Of a step with so many tokens: what the GPUs say to each other."""
-    if machine.tp == 1:
-        return np.zeros_like(tokens)
-    m, gpu, tp = machine.model, machine.gpu, machine.tp
-    sent = 2 * (tp - 1) / tp * m.hidden * BYTES * tokens
-    return 2 * m.layers * (gpu.link_latency_s + sent / gpu.link_bandwidth)
-
-
-def _share(slope: float) -> float:
-    return min(1.0, max(0.01, 1 / max(slope, 1e-9)))
-
-
-# --------------------------------------------------------------------------------------- command
+def _off(value: float, measured: float) -> str:
+    return f"{100 * (value / measured - 1):+6.1f} %"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,17 +98,31 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--gpu", choices=sorted(GPUS), required=True, help="that it ran on")
     p.add_argument("--model", choices=sorted(MODELS), required=True)
     p.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
-    p.add_argument("--max-num-batched-tokens", type=int, help="default: vLLM's for that card")
+    p.add_argument("--max-num-batched-tokens", type=int, help="default: as the run says, or vLLM's "
+                                                              "for that card")
+    p.add_argument("--max-num-seqs", type=int, help="the same")
     p.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
     options = p.parse_args(argv)
     machine = Machine(GPUS[options.gpu], MODELS[options.model], options.tensor_parallel_size,
                       CONSTANTS)
-    batched_tok = options.max_num_batched_tokens or batch_defaults(machine.gpu)[0]
+    began_s = time.monotonic()
+
+    def told(line: str) -> None:
+        print(f"{time.monotonic() - began_s:4.0f} s: {line}", file=sys.stderr, flush=True)
+
     try:
-        constants, notes = fit(read(options.run), machine, batched_tok, source_of(options.run))
+        legs = legs_of(options.run, read(options.run))
+        config = config_of(options.run, machine, options.max_num_batched_tokens,
+                           options.max_num_seqs)
+        found = match(legs, config, told)
     except CannotFit as e:
         print(f"nothing is fitted: {e}", file=sys.stderr)
         return 1
+    notes = notes_of(found)
+    print(table(found), file=sys.stderr)
+    for name, note in notes.items():
+        print(f"{name} = {getattr(found.constants, name):.3g}: {note}", file=sys.stderr)
+    constants = replace(found.constants, source=source_of(options.run))
     text = dumps(Profile(options.gpu, options.model, constants), notes)
     if options.out is None:
         print(text, end="")
@@ -196,11 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def source_of(folder: Path) -> str:
     """Which run of which server, by its manifest. Raises CannotFit."""
-    path = folder / "manifest.json"
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CannotFit(f"{path}: {e}") from e
+    said = facts_of(folder)
     server = said.get("server") or {}
     kind = "a simulated server" if server.get("simulated") else server.get("kind", "a server")
     version = said.get("versions", {}).get("vllm") or server.get("version") or ""
