@@ -1,7 +1,7 @@
 """Constants whose replay looks like what was measured, and how well the run tells each of them.
 
 Figures of each leg are compared as logarithms, so that all are shares; the constants are moved as
-logarithms, too (Gauss-Newton, with slopes over ± 28 %, as a replay is a little rough). A constant
+logarithms, too (Gauss-Newton, with slopes over ± 30 %, as a replay is a little rough). A constant
 that a run tells with more than TOLD_SD of uncertainty is set back to the shipped value, and the
 others are found anew: first the one that is told worst, as two that do the same share one doubt.
 """
@@ -27,9 +27,9 @@ LEANS = 0.05  # and twice a constant's doubt: more, and it is said what it depen
 FLOOR_SD = 0.02  # a figure of a run is no more exact than this, nor is the model
 ROUGH = 0.03  # a slope below it is a replay's roughness: 3 % of a figure for 2.7 times a constant
 PRIOR_SD = 3.0  # the shipped constants, as where to stay when nothing is told
-WIDE, NARROW = 0.3, 0.1  # steps by which slopes are measured
+STEP = 0.3  # by which slopes are measured
 WAITED = 3.0  # times the shortest TTFT
-HAIR = 0.002
+HAIR = 0.002  # of a constant: a change that should change nothing
 MOST_STEPS = 12
 GAIN = 0.02  # less of the cost, and it is time for new slopes, or the end
 FAR = 3.0  # deviations from which on a figure counts for less
@@ -124,8 +124,8 @@ def match(legs: Sequence[SeenLeg], config: EngineConfig,
     before = search.at(x)
     while True:
         search.roughen(x)
-        x = search.solve(search.solve(x, free, WIDE), free, NARROW)
-        slopes, scale = search.slopes(x, range(len(FREE)), WIDE), search.scale(x)
+        x = search.solve(x, free)
+        slopes, scale = search.slopes(x, range(len(FREE))), search.scale(x)
         kept, why = _told(slopes, free, scale)
         doubts |= why
         told(f"{search.replays} replays, {100 * search.rms(x):.1f} % off, free: "
@@ -194,20 +194,20 @@ class _Search:
                                         for k in (1, 2, 3)])
         self._sd = np.hypot(self._own_sd, near.std(axis=0))
 
-    def slopes(self, x: Floats, free: Sequence[int], step: float) -> Floats:
+    def slopes(self, x: Floats, free: Sequence[int]) -> Floats:
         """Of the figures in their deviations, by the free constants."""
         out = []
         for k in free:
             low, high = x.copy(), x.copy()
-            low[k] -= step
-            high[k] = min(x[k] + step, self._bounds[1][k])
+            low[k] -= STEP
+            high[k] = min(x[k] + STEP, self._bounds[1][k])
             out.append((self.at(high) - self.at(low)) / (high[k] - low[k]))
         found = np.array(out).T
         return np.where(np.abs(found) < ROUGH, 0.0, found) / self._sd[:, None]
 
-    def solve(self, x: Floats, free: Sequence[int], step: float) -> Floats:
+    def solve(self, x: Floats, free: Sequence[int]) -> Floats:
         """Slopes are measured anew only where those of before lead nowhere (Broyden)."""
-        cost, slopes, fresh = self._cost(x), self.slopes(x, free, step), True
+        cost, slopes, fresh = self._cost(x), self.slopes(x, free), True
         for _ in range(MOST_STEPS):
             there = self._step(x, free, slopes)
             then = self._cost(there)
@@ -220,7 +220,7 @@ class _Search:
                     continue
             if fresh:
                 return x
-            slopes, fresh = self.slopes(x, free, step), True
+            slopes, fresh = self.slopes(x, free), True
         return x
 
     def _step(self, x: Floats, free: Sequence[int], slopes: Floats) -> Floats:
