@@ -218,9 +218,10 @@ def _ceiling(run: Run, ceiling: Ceiling | None, values: Sequence[float]) -> list
     at = alt.Chart(data([{"value": ceiling.requests, "text":
                            f"memory holds {rounded(ceiling.requests)}"}]))
     x = _load_axis(run, values)
+    right = 1.6 * ceiling.requests < max(values)  # there is room for the text
     return [at.mark_rule(color=theme.UNSAFE, strokeDash=[2, 3]).encode(x=x),
-            at.mark_text(align="right", baseline="bottom", dx=-5, dy=-4, color=theme.MUTED).encode(
-                x=x, y=alt.value("height"), text="text:N")]
+            *said(at.encode(x=x, y=alt.value("height")), "text", theme.MUTED, baseline="bottom",
+                  align="left" if right else "right", dx=5 if right else -5, dy=-4)]
 
 
 def _fitted(knee: Knee | None, values: Sequence[float], x: alt.X, y: alt.Y) -> list[alt.Chart]:
