@@ -19,8 +19,8 @@ TRACE = f"""
 mode = "trace"
 format = "mooncake"
 path = "{scenario.SHIPPED}/traces/mooncake-conversation-300.jsonl"
-scale = 10.0
-to = "60s"
+scale = 4.0
+to = "30s"
 too_long = "skip"
 [[classes]]
 name = "c"
