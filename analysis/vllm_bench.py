@@ -82,7 +82,7 @@ class Seen(Struct, frozen=True):
 
 
 class Exported(Struct, frozen=True):
-    """One leg's file. `due_ttft_s`: the median TTFT by our definition."""
+    """One leg's file. `due_ttft_s`: its median of the same answers' TTFT by our definition."""
 
     path: Path
     result: dict[str, Any]
@@ -256,9 +256,9 @@ def export(run: Run, out: Path | None, options: Options) -> list[Exported]:
             continue
         path = folder if is_file else folder / _name(result)
         write_file(path, json.dumps(result).encode())
-        ours = metrics.quantile((x for r in records if (x := metrics.ttft_s(r)) is not None), 0.5)
+        ours = [x for r in records if r.outcome in ENDED and (x := metrics.ttft_s(r)) is not None]
         done.append(Exported(path, {**result, "run_number": leg.replicate},
-                             ours.value if ours else None))
+                             float(np.median(ours)) if ours else None))
     if len(run.legs) > 1:
         write_file(folder / "summary.json", json.dumps([x.result for x in done], indent=4).encode())
     return done

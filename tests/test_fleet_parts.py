@@ -403,12 +403,14 @@ def test_records_are_read_on_the_master_s_clock(tmp_path: Path) -> None:
         r = record(shard, shard, 1.0)
         r.sent_ns, r.first_ns, r.headers_ns = r.due_ns + 5, r.due_ns + 50, r.due_ns + 40
         r.first_visible_ns, r.connect_wait_ns = r.first_ns, 77
+        r.role_ns, r.finish_ns = r.due_ns + 45, r.due_ns + 60
         journal.append(r)
     was = record(0, 0, 1.0)
     for r in folder.records():
         assert was.due_ns - r.due_ns == was.end_ns - r.end_ns == (5_000 if r.shard else 0)
         assert (r.sent_ns, r.headers_ns, r.first_ns, r.first_visible_ns) == (
             r.due_ns + 5, r.due_ns + 40, r.due_ns + 50, r.due_ns + 50)
+        assert (r.role_ns, r.finish_ns) == (r.due_ns + 45, r.due_ns + 60)
         assert r.connect_wait_ns == 77
 
 

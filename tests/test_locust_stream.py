@@ -53,7 +53,7 @@ from tests.test_client import BUSY, DEAD, DRIPS, LONG, Stale, made, run, shot
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMPS = ("due_ns", "end_ns", "sent_ns", "headers_ns", "first_ns", "first_visible_ns",
-          "connect_wait_ns")
+          "role_ns", "finish_ns", "connect_wait_ns")
 TRANSPORT = (Outcome.DISCONNECTED, Outcome.ABORTED)  # who speaks of an abort's end: the library
 LIBRARY = re.compile(r"(HttpParser\w*|ClientResponseError|BadStatusLine|ValueError): ")
 HOST_STALLS_S = 8.0  # on a shared host; no deadline that a test counts on is shorter

@@ -288,6 +288,15 @@ def test_a_good_stream_is_ok() -> None:
     assert (r.first_ns, r.gaps_us, r.first_visible_ns) == (stamp(1), [1000], stamp(1))
 
 
+def test_events_with_choices_and_no_token_keep_their_stamps() -> None:
+    r = record_of(*GOOD)
+    assert (r.role_ns, r.finish_ns) == (stamp(0), stamp(3))
+    bare = record_of(event(), event({"content": "b"}, "length"), USAGE, DONE)
+    assert (bare.outcome, bare.role_ns, bare.finish_ns) == (Outcome.OK, None, None)
+    twice = record_of(ROLE, event({}), event(), event({}), FINISH, USAGE, DONE)
+    assert (twice.role_ns, twice.finish_ns) == (stamp(0), stamp(4))  # the first, and the last
+
+
 def test_the_end_is_where_finish_reason_and_usage_are_there() -> None:
     assert record_of(*GOOD).end_ns == stamp(4)
 

@@ -188,7 +188,7 @@ def test_stamps_of_another_boot_come_to_the_first_ones_clock(tmp_path: Path) -> 
             row = json.loads(line)
             if row.get("due_ns", row.get("t_ns", 0)) >= at:
                 for key in ("due_ns", "sent_ns", "headers_ns", "first_ns", "first_visible_ns",
-                            "end_ns", "t_ns"):
+                            "role_ns", "finish_ns", "end_ns", "t_ns"):
                     if key in row:
                         row[key] -= back
                 sizes.setdefault(name, sum(len(x) for x in new))
