@@ -163,8 +163,7 @@ def _verdict(j: Judgement) -> str:
     if j.measurement == "INVALID":
         return f"INVALID ({j.findings[0].rule})"
     if j.n == 0 and j.load == "UNRESOLVED":
-        return "no answer was due yet: answers take longer" if j.phase in (
-            "ladder", "refine") else "UNRESOLVED: no request was due"
+        return "nothing was due yet: answers take longer"
     words: str = "not refuted" if j.load == "UNRESOLVED" and j.phase == "ladder" else j.load
     if j.excused:
         words = "no evidence: prompts crowded each other at the start"
