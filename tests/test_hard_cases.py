@@ -99,7 +99,7 @@ def test_a_server_that_knows_the_prompts_is_measured_by_nobody(
     """Contamination: each leg sends what the legs before it sent, and the cache has it."""
     own = virtual._LegRun._blocks
     monkeypatch.setattr(virtual._LegRun, "_blocks",
-                        lambda self, session, _, tok: own(self, session, session.k, tok))
+                        lambda self, course, _, tok: own(self, course, course.planned.k, tok))
     end, result = searched(VirtualExecutor(MIX, config()), seed)
     assert (end.load, end.safe) == ("UNRESOLVED", None)
     last = result.judgements[-1]
