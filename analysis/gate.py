@@ -103,10 +103,8 @@ def of(run: Run) -> Verdict:
     answer = words.answer(run)
     c, said, code = run.conclusion, answer.verdict, exit_code(run)
     safe = None if run.is_run else c.safe
-    proving = sum(j.value == safe and j.phase == "confirm" and j.measurement != "INVALID"
-                  for j in run.judgements)
     proof = None if safe is None or c.proof is None else Proof(
-        proving, c.proof.good, c.proof.n, c.proof.lower)
+        c.proof.legs, c.proof.good, c.proof.n, c.proof.lower)
     return Verdict(
         schema=SCHEMA, run=run.manifest.run, created=run.manifest.created,
         model=run.manifest.model, scenario=run.scenario.name, simulated=run.simulated,

@@ -3,6 +3,7 @@
 import math
 
 from analysis.frame import Run
+from loadgen.ramp import Check
 from loadgen.scenario import Slo
 
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "event gap", "e2e": "E2E"}
@@ -43,7 +44,23 @@ def count(n: int, what: str) -> str:
 
 
 def daily(run: Run, safe: float) -> float:
-    """What to keep to from day to day, so that the safe load is an edge that is not lived on."""
+    """What to keep to from day to day, so that the safe load is an edge that is not lived on; and
+    where requests that do not wait for answers (Poisson) missed the limits at its throughput, no
+    more than they kept them at, or well under the least that was tried."""
     if run.axis == "rate":
         return float(f"{DAILY * safe:.3g}")
-    return max(1.0, float(math.floor(DAILY * safe)))
+    missed, kept = open_arrivals(run)
+    most = DAILY * safe
+    if missed is not None:
+        most = min(most, kept.value if kept is not None else DAILY * missed.value)
+    return max(1.0, float(math.floor(most)))
+
+
+def open_arrivals(run: Run) -> tuple[Check | None, Check | None]:
+    """Poisson arrivals at the safe level's throughput and below: the slowest that missed the
+    target, and the fastest under it that kept it."""
+    tried = [c for c in run.conclusion.checks if c.kind == "poisson"]
+    missed = min((c for c in tried if not c.held), key=lambda c: c.value, default=None)
+    kept = max((c for c in tried if c.held and (missed is None or c.value < missed.value)),
+               key=lambda c: c.value, default=None)
+    return missed, kept

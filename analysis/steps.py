@@ -29,9 +29,14 @@ def table(run: Run) -> pd.DataFrame:
 
 
 def levels(run: Run) -> pd.DataFrame:
-    """One row per level, ascending: all its legs taken together, but INVALID ones left out."""
+    """One row per level, ascending: all its legs taken together, but INVALID ones left out, and
+    those that came otherwise than the level does: in a closed loop's search as open arrivals, or
+    after a start that crowded them, where others did not."""
     rows = []
-    usable = [j for j in run.judgements if j.measurement != "INVALID" and j.n]
+    usable = [j for j in run.judgements if j.measurement != "INVALID" and j.n
+              and j.phase != "burst" and not (j.phase == "poisson" and run.axis == "concurrency")]
+    whole = {j.value for j in usable if not j.crowded}
+    usable = [j for j in usable if not j.crowded or j.value not in whole]
     for value in sorted({j.value for j in usable}):
         here = [j for j in usable if j.value == value]
         rows.append({"value": value, **_counts(run, here), **_latencies(run, here),

@@ -4,7 +4,15 @@ what stands in the way of more, what to do."""
 from collections.abc import Sequence
 
 from analysis.frame import Run
-from analysis.phrases import MISSES, NOT_OURS, count, daily, load_of, slo_of
+from analysis.phrases import (
+    MISSES,
+    NOT_OURS,
+    count,
+    daily,
+    load_of,
+    open_arrivals,
+    slo_of,
+)
 from analysis.steps import percent
 from loadgen import metrics, ramp
 from loadgen.evidence import bounds_of
@@ -47,6 +55,8 @@ def _sweep(run: Run, c: Conclusion) -> list[str]:
 
 
 def _unresolved(run: Run, c: Conclusion) -> list[str]:
+    if c.soak_failed is not None:
+        return _soaked_out(run, c.soak_failed)
     usable = [j for j in run.judgements if j.measurement != "INVALID" or j.died]
     level = c.proof.value if c.proof else ramp.candidate(usable, run.criteria)
     here = [j for j in usable if j.value == level]
@@ -62,18 +72,28 @@ def _unresolved(run: Run, c: Conclusion) -> list[str]:
             above, _settle(run, own, "--budget")]
 
 
+def _soaked_out(run: Run, failed: float) -> list[str]:
+    short = max((j.value for j in run.judgements if j.phase == "confirm" and j.load == "SAFE"),
+                default=None)
+    held = "" if short is None else f"short runs held up to {load_of(run, short)}, but "
+    return [f"Unresolved: {held}a long one did not at {failed:g}, and none below it was soaked "
+            "long enough to be shown safe.", soaked_in_vain(run, failed),
+            "Rely on none of these levels until a soak of one holds: more time with --budget."]
+
+
 def _rests_on(run: Run, c: Conclusion) -> str:
     """ "3 runs, 2,310 requests": those that prove it."""
-    proving = [j for j in run.judgements if j.value == c.safe and j.phase == "confirm"
-               and j.measurement != "INVALID"]
-    soaked = any(j.phase == "soak" and j.value == c.safe and j.load == "SAFE"
-                 for j in run.judgements)
-    n = c.proof.n if c.proof else sum(j.n for j in proving)
-    return (f"{count(len(proving), 'run')}, {count(n, 'request')}"
-            + ("" if soaked else "; not soak-tested"))
+    soaked = any(x.kind == "soak" and x.held for x in c.checks)
+    runs, n = (c.proof.legs, c.proof.n) if c.proof else (0, 0)
+    return f"{count(runs, 'run')}, {count(n, 'request')}" + (
+        "" if soaked else "; not soak-tested")
 
 
 def _next(run: Run, c: Conclusion) -> str:
+    if c.soak_failed is not None and (c.missed is None or c.soak_failed <= c.missed):
+        return soaked_in_vain(run, c.soak_failed)
+    if c.missed is not None and (c.unsafe is None or c.missed < c.unsafe):
+        return missed(run, c.missed)
     if c.unsafe is None:
         return "No higher level was tested: it may take more."
     return cause(run, _worst(run, c.unsafe))
@@ -86,7 +106,21 @@ def _keep(run: Run, safe: float, at_least: bool) -> str:
     more = f", or look further up with {further} {2 * safe:g}" if at_least else ""
     if keep >= safe:
         return f"There is nothing below {safe:g} to keep to: plan with a second server{more}."
-    return f"Keep {keep:g}{unit} ({100 * keep / safe:.0f} %) for daily use{more}."
+    return f"Keep {keep:g}{unit} ({100 * keep / safe:.0f} %) for daily use{more}{_of_open(run)}."
+
+
+def _of_open(run: Run) -> str:
+    """Up to which rate requests kept the limits that come whether or not others are answered."""
+    too_fast, kept = open_arrivals(run)
+    if too_fast is None:
+        return ""
+    share = f"({percent(too_fast.good / max(too_fast.n, 1))} of {too_fast.n:,} met them)"
+    if kept is None:
+        return (f": arrivals that do not wait for answers (Poisson) missed the limits even at "
+                f"{too_fast.offered_rps:.3g}/s {share}, and no rate was found that holds")
+    return (f": arrivals that do not wait for answers (Poisson) kept the limits up to "
+            f"{kept.offered_rps:.3g}/s ({percent(kept.good / kept.n)} of {kept.n:,}), and not at "
+            f"{too_fast.offered_rps:.3g}/s {share}")
 
 
 # -------------------------------------------------------------------- loads that were asked for
@@ -156,6 +190,27 @@ def cause(run: Run, j: Judgement) -> str:
     why = "" if worst is None else f": most misses are by {MISSES.get(worst, worst)}"
     queue = f", and {signs.waiting_mean:.3g} requests wait in the server's queue" if waits else ""
     return f"{share}{why}{queue}."
+
+
+def soaked_in_vain(run: Run, level: float) -> str:
+    """Short runs of a level held and a long one did not."""
+    soak = next(j for j in run.judgements if j.value == level and j.phase in ("soak", "recover"))
+    short = [j for j in run.judgements if j.value == level and j.phase == "confirm"]
+    held = (f"{count(len(short), 'short run')} held ({sum(j.good for j in short):,} of "
+            f"{sum(j.n for j in short):,}), but " if short else "")
+    share = f"{percent(soak.good / soak.n)} of {soak.n:,} met them"
+    how = f"only {share}" if soak.rises is None else f"it became worse and worse ({share})"
+    return (f"At {level:g} {held}in a long one of {soak.window_s:.0f} s {how}: only levels count "
+            "that were soaked.")
+
+
+def missed(run: Run, level: float) -> str:
+    """A level missed the target in too few requests, or after too short a start, to be sure."""
+    here = [j for j in run.judgements if j.value == level and j.n and j.measurement != "INVALID"]
+    good, n = sum(j.good for j in here), sum(j.n for j in here)
+    why = ("its prompts crowded each other at the start" if all(j.crowded for j in here)
+           else "too few to be sure")
+    return f"At {level:g} {percent(good / n)} of {n:,} met them, which does not settle it: {why}."
 
 
 def _worst(run: Run, level: float) -> Judgement:

@@ -92,6 +92,11 @@ def of_sweep(run: Run, conclusion: Conclusion, knee: Knee) -> Verdict:
         return Verdict("UNRESOLVED", "INVALID", f"No verdict: {_generator(run)}",
                        _findings(last.findings))
     sentences = _grounds(run, conclusion, usable)
+    if conclusion.soak_failed is not None:
+        sentences.append(three.soaked_in_vain(run, conclusion.soak_failed))
+    elif conclusion.missed is not None and (
+            conclusion.unsafe is None or conclusion.missed < conclusion.unsafe):
+        sentences.append(three.missed(run, conclusion.missed))
     if conclusion.unsafe is not None:
         met = "met it" if sentences else f"met {slo_of(run)}"
         sentences.append(_unsafe(run, usable, conclusion.unsafe, met))
@@ -115,7 +120,12 @@ def beside(conclusion: Conclusion) -> list[str]:
             if c.recovery_s is not None:
                 found.append(f"{CHECKED[c.kind]}: as before after {c.recovery_s:.0f} s.")
             continue
-        found.append(f"{CHECKED[c.kind]}: {c.good} of {c.n} met it, {c.load.lower()}.")
+        what = CHECKED[c.kind]
+        if c.kind in ("poisson", "burst"):
+            what += f", {c.offered_rps:.3g}/s"
+        if c.kind == "poisson" and c.value != conclusion.safe:
+            what = f"Poisson arrivals at the rate of {c.value:g} at once, {c.offered_rps:.3g}/s"
+        found.append(f"{what}: {c.good} of {c.n} met it, {c.load.lower()}.")
     if conclusion.checks and conclusion.not_tried:
         names = ", ".join(CHECKED[kind].lower() for kind in conclusion.not_tried)
         found.append(f"No time was left for: {names}.")
@@ -129,13 +139,15 @@ CHECKED = {"reference": "A lower level once more", "soak": "Soak, fresh prompts"
 
 def _headline(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> str:
     if conclusion.load == "SAFE" and conclusion.safe is not None:
-        soaked = any(j.phase == "soak" and j.value == conclusion.safe and j.load == "SAFE"
-                     for j in usable)
+        soaked = any(c.kind == "soak" and c.held for c in conclusion.checks)
         least = "at least " if conclusion.at_least else ""
         return (f"Safe up to {least}{load_of(run, conclusion.safe)} of this mix"
                 + ("" if soaked else " (not soak-tested)"))
     if conclusion.load == "UNSAFE" and conclusion.unsafe is not None:
         return f"Not safe at any tested level, from {load_of(run, conclusion.unsafe)} up"
+    if conclusion.soak_failed is not None:
+        return (f"Unresolved: a long run at {load_of(run, conclusion.soak_failed)} did not hold, "
+                "and no soak below it did")
     if conclusion.unsafe is not None:
         return f"Unresolved: the safe level is under {load_of(run, conclusion.unsafe)}"
     return "Unresolved: no level was shown to be safe, and none to be unsafe"
@@ -145,7 +157,7 @@ def _grounds(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> l
     proof = conclusion.proof
     if conclusion.load == "SAFE" and proof is not None:
         return [_share(run, proof.good, proof.n) + "; " + _at_least(run, proof.lower)]
-    if conclusion.load == "UNSAFE":
+    if conclusion.load == "UNSAFE" or conclusion.soak_failed is not None:
         return []
     level = proof.value if proof else ramp.candidate(usable, run.criteria)
     if level is None:

@@ -5,9 +5,11 @@ The estimand: the largest level c such that A(c) ≥ target, and no tested level
 A(c) is the share of good requests over runs at c: every SLO of its class met from the due time on,
 complete; all that was due is in the denominator. Besides, no distress of the server.
 
-Only confirmations (and a soak) prove: their requests are fresh, while the ladder's and the
-refinement's chose the level. They prove together, by a bound that holds whenever one looks
-(`sequential`). Any leg at a level may refute it, alone, at the higher confidence `refute`.
+Only confirmations, a soak and a recovery prove: their requests are fresh, while the ladder's and
+the refinement's chose the level. They prove together, by a bound that holds whenever one looks
+(`sequential`). Any leg at a level may refute it, alone, at the higher confidence `refute`; a leg
+that crowded its own start (`judge`) only says where to look. Where a soak failed, short legs prove
+nothing any more: each level needs its own (`soaks`).
 """
 
 import itertools
@@ -16,12 +18,14 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from loadgen import metrics, sequential
+from loadgen import metrics, sequential, soaks
 from loadgen.judge import Criteria, Judgement, LoadVerdict
 from loadgen.leg import Axis, Phase
 
-PROVES: frozenset[Phase] = frozenset({"confirm", "soak"})
-OF_LEVEL: frozenset[Phase] = PROVES | {"ladder", "refine", "reference"}  # same load, same arrivals
+PROVES: frozenset[Phase] = frozenset({"confirm", "soak", "recover"})
+SHORT: frozenset[Phase] = frozenset({"ladder", "refine", "confirm", "reference"})
+OF_LEVEL: frozenset[Phase] = PROVES | SHORT  # same load, same arrivals
+ELSEWHERE: frozenset[Phase] = frozenset({"reference", "overload"})  # not at the safe level
 CHECKS: tuple[Phase, ...] = ("reference", "soak", "poisson", "burst", "overload", "recover")
 LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
 STRAIN_N = 3  # requests below which their quantile does not guide a search
@@ -59,14 +63,19 @@ class Check(Struct, frozen=True):
     n: int
     held_s: float
     recovery_s: float | None = None  # after the overload: until it was as before
+    value: float = 0.0  # the level, or whose throughput came as open arrivals …
+    offered_rps: float = 0.0  # … and that is so many per second
+    held: bool = False  # its share was at the target, and stayed there
 
 
 class Conclusion(Struct, frozen=True):
-    """The sweep's answer. `safe`: largest safe level; `unsafe`: smallest unsafe one; `at_least`:
-    nothing above was shown to be unsafe; `doubts`: what weakens it (drift, attainment that is not
-    monotone); `near`: levels above that kept their limits by too little to count on it again;
-    `more_s`: so much more load would settle an UNRESOLVED; `not_tried`: checks that the budget did
-    not hold."""
+    """The sweep's answer. `safe`: largest safe level; `unsafe`: smallest unsafe one; `missed`: the
+    smallest level (above `safe`, if there is one) that missed the target without being surely
+    unsafe; `at_least`: nothing above `safe` did either; `soak_failed`: the lowest level whose short
+    runs held and whose long one did not, so that no level counts that was not soaked; `doubts`:
+    what weakens it (drift, attainment that is not monotone); `near`: levels above that kept their
+    limits by too little to count on it again; `more_s`: so much more load would settle an
+    UNRESOLVED; `not_tried`: checks that the budget did not hold."""
 
     axis: Axis
     load: LoadVerdict
@@ -83,6 +92,8 @@ class Conclusion(Struct, frozen=True):
     checks: list[Check] = []
     not_tried: list[Phase] = []
     more_s: float | None = None
+    missed: float | None = None
+    soak_failed: float | None = None
 
 
 def usable(judged: Sequence[Judgement]) -> list[Judgement]:
@@ -91,8 +102,7 @@ def usable(judged: Sequence[Judgement]) -> list[Judgement]:
 
 def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Pooled | None:
     """Confirmations of `level` taken together; None: it was not confirmed yet."""
-    legs = [j for j in judged if j.value == level and j.phase in PROVES
-            and j.measurement != "INVALID"]
+    legs = _proving(judged, level)
     if not legs:
         return None
     seen = sequential.share([_blocks(j) for j in legs], criteria.target, criteria.confidence,
@@ -100,7 +110,9 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
     load: LoadVerdict = "UNRESOLVED"
     if seen.upper < criteria.target or any(contradicts(j, criteria) for j in legs):
         load = "UNSAFE"
-    elif seen.lower >= criteria.target and has_margin(legs) and not any(j.rises for j in legs):
+    elif (seen.lower >= criteria.target and has_margin(legs) and not any(j.rises for j in legs)
+          and not soaks.is_lost(judged, level, criteria)
+          and (soaks.is_held(judged, level, criteria) or not soaks.failed(judged, criteria))):
         load = "SAFE"
     more_n = more_s = None
     if load == "UNRESOLVED":
@@ -109,6 +121,11 @@ def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Poo
         more_s = more_n / rps if more_n is not None and rps > 0 else None
     return Pooled(level, seen.good, seen.n, seen.lower, seen.upper, load, len(legs), seen.design,
                   more_n, more_s)
+
+
+def _proving(judged: Sequence[Judgement], level: float) -> list[Judgement]:
+    return [j for j in judged if j.value == level and j.phase in PROVES
+            and j.measurement != "INVALID" and not (j.phase == "recover" and j.crowded)]
 
 
 def has_margin(legs: Sequence[Judgement], in_the_end: bool = False) -> bool:
@@ -202,18 +219,30 @@ def looks_good(judged: Sequence[Judgement], level: float, criteria: Criteria) ->
     luck. Confirmations, where there are any, speak alone."""
     legs = [j for j in judged if j.value == level and j.measurement != "INVALID"
             and j.phase in OF_LEVEL]
-    confirmed = [j for j in legs if j.phase in PROVES]
+    confirmed = _proving(legs, level)
+    if soaks.is_lost(legs, level, criteria):
+        return False
+    legs = [j for j in legs if not j.crowded] or legs
     if any(j.rises for j in confirmed) or not has_margin(confirmed, in_the_end=True):
         return False
     good, n = (sum(j.good for j in confirmed or legs), sum(j.n for j in confirmed or legs))
     return n > 0 and good / n >= criteria.target - LUCK and good + 1 >= criteria.target * n
 
 
+def has_missed(judged: Sequence[Judgement], level: float, criteria: Criteria) -> bool:
+    """So many requests of it missed that it does not look good, or a soak of it did not hold."""
+    here = [j for j in judged if j.value == level and j.phase in OF_LEVEL]
+    return sum(j.n for j in here) > 0 and (status(judged, level, criteria) == "UNSAFE" or (
+        not looks_good(judged, level, criteria) and (
+            soaks.is_lost(judged, level, criteria) or sum(j.good for j in here) + 1
+            < criteria.target * sum(j.n for j in here))))
+
+
 def strain(judged: Sequence[Judgement], level: float) -> float | None:
     """How near the limits came at a level, by the leg of most requests; None: they do not tell."""
     here = [j for j in judged if j.value == level and j.phase in OF_LEVEL and j.strain is not None
             and j.n >= STRAIN_N]
-    return max(here, key=lambda j: j.n).strain if here else None
+    return max(here, key=lambda j: (not j.crowded, j.n)).strain if here else None
 
 
 def crossing(judged: Sequence[Judgement], high: float, aim: float) -> float | None:
@@ -240,6 +269,7 @@ def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Con
     proofs = [p for x in levels if (unsafe is None or x < unsafe)
               and (p := pooled(legs, x, criteria)) is not None]
     best = max((p for p in proofs if p.load == "SAFE"), key=lambda p: p.value, default=None)
+    bad = [x for x in levels if (best is None or x > best.value) and has_missed(legs, x, criteria)]
     load: LoadVerdict = "UNRESOLVED"
     if best is not None:
         load = "SAFE"
@@ -249,19 +279,24 @@ def conclude(judged: Sequence[Judgement], axis: Axis, criteria: Criteria) -> Con
     doubts = [*drifts(legs), *not_monotone(legs, criteria)]
     near = [p.value for p in proofs if p.load == "UNRESOLVED" and p.lower >= criteria.target
             and (best is None or p.value > best.value)]
-    checks = _checks(legs, best.value) if best else []
+    soaked_in_vain = min(soaks.failed(legs, criteria), default=None)
+    checks = _checks(legs, best.value, criteria) if best else []
     spoiled = best is not None and any(j.measurement == "SUSPECT" for j in legs
                                        if j.value == best.value and j.phase in PROVES)
     kinds = [k for k in CHECKS if not (axis == "rate" and k == "poisson")]
     return Conclusion(
         axis=axis, load=load, safe=best.value if best else None, unsafe=unsafe,
-        at_least=best is not None and unsafe is None, proof=shown,
+        at_least=best is not None and unsafe is None and not bad, proof=shown,
         suspect=spoiled or (best is not None and bool(doubts)),
         reasons=_why(legs, unsafe, criteria),
         target=criteria.target, confidence=criteria.confidence, doubts=doubts, near=near,
         checks=checks,
-        not_tried=[k for k in kinds if best and not any(j.phase == k for j in legs)],
-        more_s=shown.more_s if shown is not None and load == "UNRESOLVED" else None)
+        not_tried=[k for k in kinds if best and not any(
+            j.phase == k and (j.value == best.value or k in ELSEWHERE) for j in legs)],
+        more_s=shown.more_s if shown is not None and load == "UNRESOLVED" and (
+            soaked_in_vain is None) else None,
+        missed=min(bad, default=None),
+        soak_failed=soaked_in_vain)
 
 
 def _why(legs: Sequence[Judgement], unsafe: float | None,
@@ -271,14 +306,23 @@ def _why(legs: Sequence[Judgement], unsafe: float | None,
     return [f"at {j.value:g}: {reason}" for j in first[:1] for reason in j.reasons]
 
 
-def _checks(legs: Sequence[Judgement], safe: float) -> list[Check]:
-    """The overload's is at a higher level; all others at the safe one."""
+def _checks(legs: Sequence[Judgement], safe: float, criteria: Criteria) -> list[Check]:
+    """The overload's is at a higher level, Poisson arrivals may be at lower ones as well; all
+    others at the safe one."""
     found = []
     for j in legs:
-        if j.phase in CHECKS and (j.value == safe or j.phase in ("overload", "reference")):
+        if j.phase in CHECKS and (j.value == safe or j.phase in ("overload", "reference")
+                                  or (j.phase == "poisson" and j.value < safe)):
             back_s = j.settled_s if j.phase == "recover" else None
-            found.append(Check(j.phase, j.load, j.good, j.n, j.window_s, back_s))
+            found.append(Check(j.phase, j.load, j.good, j.n, j.window_s, back_s, j.value,
+                               j.offered_rps, keeps(j, criteria)))
     return found
+
+
+def keeps(j: Judgement, criteria: Criteria) -> bool:
+    """A check's share of good requests was at the target, and it did not become worse."""
+    return (j.n > 0 and j.good >= criteria.target * j.n and j.load != "UNSAFE"
+            and j.rises is None)
 
 
 def drifts(legs: Sequence[Judgement]) -> list[str]:
@@ -286,8 +330,8 @@ def drifts(legs: Sequence[Judgement]) -> list[str]:
     meanwhile, so that levels that were tried at different times cannot be compared."""
     found = []
     for level in levels_of(legs):
-        here = [j for j in legs if j.value == level and j.phase in OF_LEVEL
-                and not j.died and j.n >= DRIFT_N]
+        here = [j for j in legs if j.value == level and j.phase in SHORT
+                and not j.died and not j.crowded and j.n >= DRIFT_N]
         if len(here) < 2 or here[0].cut:
             continue
         for name, most in (("tpot_p50_s", DRIFT), ("ttft_p50_s", DRIFT_TTFT)):

@@ -31,6 +31,9 @@ BLOCK_S = 2.0  # a block is at least so long, and as long as an answer takes
 NOT_ERRORS = frozenset({Outcome.OK, Outcome.ABANDONED, Outcome.THROTTLED, Outcome.CANCELLED,
                         Outcome.DROPPED})  # the server's error share leaves out our own doings
 
+CROWDED = 0.75  # of an answer: slots that all start in less than this crowd each other …
+CROWDS = frozenset({"ttft", "e2e", "CANCELLED"})  # … and these misses may be the crowd's
+
 STEADY = frozenset({"run", "refine", "confirm", "reference", "soak", "poisson"})  # must hold
 
 
@@ -105,6 +108,8 @@ class Judgement(Struct, frozen=True):
     strain: float | None = None  # the target's quantile of value over limit: over 1 it is missed
     settled_s: float | None = None  # since the leg's start; None: it never did, or too few to say
     rises: float | None = None  # by which factor its second half was worse, if there is a trend
+    crowded: bool = False  # its slots started faster than they follow one another later …
+    excused: bool = False  # … and but for that it would be UNSAFE
 
     @property
     def attainment(self) -> float | None:
@@ -135,6 +140,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     answer_s = _mean_answer_s(records)
     blocks = _blocks(window, [(r.due_ns, not w) for r, w in zip(sample, why, strict=True)],
                      answer_s or 0.0)
+    crowded = _is_crowded(leg, answer_s)
+    spared = [not w or (crowded and CROWDS.issuperset(w)) for w in why]
     worth, upper_worth = worth_of(leg.phase, blocks, criteria)
     sure = criteria.confidence if leg.phase == "run" else criteria.refute
     lower = metrics.lower_bound(good * worth, n * worth, criteria.confidence)
@@ -147,17 +154,19 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     findings += validity.reuse(scenario, sample, signs.prefix_hit_frac, signs.preemptions,
                                leg.load)
     distress = _distress(signs, n)
+    at_most = metrics.upper_bound(sum(spared) * upper_worth, n * upper_worth, sure)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
-    refuted = [c for c, (g, m) in classes.items()
-               if m and metrics.upper_bound(g * upper_worth, m * upper_worth, each)
-               < criteria.target]
+    refuted = [c for c, (_, m) in classes.items()
+               if m and metrics.upper_bound(
+                   sum(ok for r, ok in zip(sample, spared, strict=True) if r.cls == c)
+                   * upper_worth, m * upper_worth, each) < criteria.target]
     strains = sorted(((r.due_ns, x, is_due(window, r)) for r in records
                       if not window.is_void(r.due_ns, r.end_ns)
                       and (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
     inside = [x for _, x, due_inside in strains if due_inside]
     rises = settle.rises(inside) if leg.phase in STEADY else None
     load: LoadVerdict = "UNRESOLVED"
-    if distress or refuted or upper < criteria.target:
+    if distress or refuted or at_most < criteria.target:
         load = "UNSAFE"
     elif lower >= criteria.target and rises is None:
         load = "SAFE"
@@ -166,7 +175,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     return Judgement(
         leg=leg.id, value=leg.value, phase=leg.phase, n=n, good=good, void=due - n, lower=lower,
         upper=upper, measurement=validity.verdict(findings), load=load,
-        reasons=distress + _reasons(load, good, n, upper, criteria, refuted, rises, worth),
+        reasons=distress + _reasons(load, good, n, upper, criteria, refuted, rises, worth, crowded),
         findings=findings,
         misses=dict(Counter(x for w in why for x in w)),
         outcomes=dict(Counter(r.outcome.value for r in sample)), errors=errors,
@@ -181,7 +190,18 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=answer_s, balance=books,
         distress=bool(distress), open_loop=not isinstance(leg.load, Closed),
         blocks=blocks, strain=_strain(inside, criteria.target),
-        settled_s=_settled_s(window, strains), rises=rises)
+        settled_s=_settled_s(window, strains), rises=rises,
+        crowded=crowded, excused=load != "UNSAFE" and upper < criteria.target)
+
+
+def _is_crowded(leg: Leg, answer_s: float | None) -> bool:
+    """A closed loop's slots start over the warm-up, and from then on as often as answers end. Of a
+    search's leg whose warm-up was much shorter than an answer, TTFTs may be those of a crowd that
+    its start made (and which never parts, where all answers are alike): it shows where to look,
+    and refutes nothing by them."""
+    return (leg.phase not in ("run", "unit") and isinstance(leg.load, Closed)
+            and leg.load.concurrency > 1 and answer_s is not None
+            and leg.warmup_s < CROWDED * answer_s)
 
 
 def worth_of(phase: Phase, blocks: sequential.Blocks,
@@ -248,7 +268,7 @@ def _distress(signs: ServerSigns, n: int) -> list[str]:
 
 
 def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Criteria,
-             refuted: list[str], rises: float | None, worth: float) -> list[str]:
+             refuted: list[str], rises: float | None, worth: float, crowded: bool) -> list[str]:
     share = f"{good} of {n} requests met the SLO"
     if n == 0:
         return ["no request was due in the window"]
@@ -257,6 +277,9 @@ def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Crite
     if refuted:
         return [f"{share}, but of class {', '.join(refuted)} surely less than "
                 f"{100 * criteria.target:g} %"]
+    if crowded and upper < criteria.target:
+        return [f"{share}, after a start so short that prompts crowded each other: no evidence "
+                "against the level"]
     if rises is not None:
         return [f"{share}, but the level does not hold: its second half came {rises:.2f} times as "
                 "near to the limits as its first"]

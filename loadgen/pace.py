@@ -17,6 +17,7 @@ LOW_LEG_S = 4.0  # of a level that is far from the limits
 FAR = 0.7  # of the limits; under it a level is held for less, and warmed up for less
 FAR_WARMUP = 0.5
 KNEE_WARMUP = 0.45  # of an answer: a level past the first lost one is only for the knee
+LINE_N = 10  # requests of a level by whose answers those of the next one are foreseen
 GROWTH, FULL_GROWTH = 1.25, 1.8  # of an answer's time from one level to the next
 LEG_OF_BUDGET = 0.07  # … but no level may eat the confirmation's time
 LEG_OF_E2E = 1.5  # a level is measured for this many answers: less would only see its start
@@ -62,9 +63,28 @@ def answer_s(plan: SweepPlan, tested: Tested, value: float) -> float:
     assert near.answer_s is not None
     if plan.axis == "rate" or near.value >= value:
         return near.answer_s
-    full = near.load == "UNSAFE" or any(j.load == "UNSAFE" and j.value > value for j in tested)
-    growth = FULL_GROWTH if full else GROWTH
-    return max(blind_s, float(near.answer_s * growth ** math.log2(value / near.value)))
+    doublings = math.log2(value / near.value)
+    if _is_lost(plan, near) or any(_is_lost(plan, j) and j.value > value for j in tested):
+        return max(blind_s, float(near.answer_s * FULL_GROWTH ** doublings))
+    least_s = float(near.answer_s * GROWTH ** doublings)
+    most_s = float(near.answer_s * FULL_GROWTH ** doublings)
+    return max(blind_s, min(most_s, max(least_s, _on_a_line(took, near, value) or 0.0)))
+
+
+def _on_a_line(took: Tested, near: Judgement, value: float) -> float | None:
+    """A batch's step takes a fixed time and some for each request in it, so answers do, too. None:
+    no two levels below rest on enough answers."""
+    before = max((j for j in took if j.value < near.value and j.n >= LINE_N),
+                 key=lambda j: j.value, default=None)
+    if before is None or near.n < LINE_N or not before.answer_s or not near.answer_s:
+        return None
+    slope_s = (near.answer_s - before.answer_s) / (near.value - before.value)
+    return near.answer_s + slope_s * (value - near.value)
+
+
+def _is_lost(plan: SweepPlan, j: Judgement) -> bool:
+    """Its requests missed the target, whatever the reason."""
+    return j.load == "UNSAFE" or j.upper < plan.criteria.target
 
 
 def blind(tested: Tested) -> list[Judgement]:
@@ -83,16 +103,34 @@ def rps(plan: SweepPlan, tested: Tested, value: float) -> float:
     return max(0.01, value if plan.axis == "rate" else value / answer_s(plan, tested, value))
 
 
+def rps_near(plan: SweepPlan, tested: Tested, value: float) -> float:
+    """Answers per second at `value`, read off the levels around it where it was not tried."""
+    seen = {j.value: rps(plan, tested, j.value) for j in tested
+            if j.phase in evidence.OF_LEVEL and j.achieved_rps > 0}
+    low, high = (max((x for x in seen if x < value), default=None),
+                 min((x for x in seen if x > value), default=None))
+    if value in seen or low is None or high is None:
+        return rps(plan, tested, value)
+    return seen[low] + (seen[high] - seen[low]) * (value - low) / (high - low)
+
+
 def ladder_s(plan: SweepPlan, tested: Tested, value: float) -> float:
     """How long a level of the ladder is measured, s."""
-    least_s = LOW_LEG_S if not tested or is_far(tested) else MIN_LEG_S
+    least_s = LOW_LEG_S if not tested or is_far(tested, value) else MIN_LEG_S
     share = BLIND_OF_BUDGET if blind(tested) else LEG_OF_BUDGET
     return max(least_s, min(LEG_OF_E2E * answer_s(plan, tested, value), share * plan.budget_s))
 
 
-def is_far(tested: Tested) -> bool:
-    """The level before was so far from the limits that the next one will not be near them."""
-    return bool(tested) and tested[-1].strain is not None and tested[-1].strain < FAR
+def is_far(tested: Tested, value: float) -> bool:
+    """The level before was so far from the limits that this one will not be near them, as the two
+    before it show."""
+    told = [(j.value, j.strain) for j in tested[-2:] if j.strain]
+    if not told or told[-1][1] >= FAR or tested[-1].strain is None:
+        return False
+    (a, low), (b, high) = told[0], told[-1]
+    if not a < b < value or high <= low:
+        return True
+    return bool(high * (high / low) ** (math.log(value / b) / math.log(b / a)) < FAR)
 
 
 def refine_s(plan: SweepPlan, tested: Tested, value: float) -> float:
@@ -180,23 +218,23 @@ def leg(plan: SweepPlan, tested: Tested, number: int, value: float, phase: Phase
     measured requests would feel. `number`: of legs so far; `history`: all legs, INVALID too."""
     replicate = sum(j.value == value and j.phase == phase for j in history)
     each_s = answer_s(plan, tested, value)
-    lost = any(j.load == "UNSAFE" for j in tested)
     share = 1.0
-    if phase == "ladder" and lost:
+    if phase == "ladder" and replicate == 0 and any(_is_lost(plan, j) for j in tested):
         share = KNEE_WARMUP
-    elif phase == "ladder" and is_far(tested):
+    elif phase == "ladder" and replicate == 0 and is_far(tested, value):
         share = FAR_WARMUP
     settled_s = max((j.settled_s for j in tested if j.value == value and j.settled_s
                      and j.phase in evidence.OF_LEVEL), default=0.0)
-    most_s = 1.2 * LEG_OF_BUDGET * plan.budget_s
-    warmup_s = max(1.0, min(max(share * each_s, min(settled_s, 2 * each_s)), most_s))
-    if phase == "recover":
-        warmup_s = 0.0
+    warmup_s = max(1.0, min(max(share * each_s, min(settled_s, 2 * each_s)), most_warmup_s(plan)))
     return Leg(id=f"{phase}-{value:g}-r{replicate}", axis=plan.axis, value=value, phase=phase,
                replicate=replicate, seed=plan.seed * 10_000 + number,
                load=load or load_of(plan.axis, value), warmup_s=round(warmup_s, 3),
                measure_s=round(measure_s, 3),
                cut_below=None if phase in ("overload", "recover") else plan.criteria.target)
+
+
+def most_warmup_s(plan: SweepPlan) -> float:
+    return 1.2 * LEG_OF_BUDGET * plan.budget_s
 
 
 def load_of(axis: Axis, value: float) -> Load:

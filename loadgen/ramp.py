@@ -10,9 +10,11 @@
 3. Confirm: the largest level that nothing contradicts is run again and again, with fresh prompts
    and seeds, until its confirmations together prove it or refute it, or it is seen that the budget
    holds no proof: then the next lower one. Only these requests prove; all others only choose.
-4. Checks, where the budget is larger than the default's: a level of the ladder once more (did the
-   server drift?), a soak, Poisson and bursty arrivals at the equivalent rate, 1.3 times the load
-   and the way back.
+4. Checks (`checks`), where the budget is larger than the default's: a level of the ladder once more
+   (did the server drift?), a soak, Poisson and bursty arrivals at the equivalent rate, 1.3 times
+   the load and the way back. Where a soak fails, soaks alone choose the next level and prove it.
+A level of the ladder that looks lost after a crowded start is only a direction: it is tried once
+more with a whole warm-up, at once where there is time, else with what is left in the end.
 An INVALID leg is repeated once, then the search stops: the generator was the limit.
 
 What legs show is in `evidence`, how sure that is in `sequential`, how long things take in `pace`.
@@ -25,15 +27,15 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from loadgen import evidence, pace
-from loadgen.evidence import Conclusion, Pooled, candidate, conclude, pooled, status
-from loadgen.judge import Judgement
+from loadgen import checks, evidence, pace, soaks
+from loadgen.evidence import Check, Conclusion, Pooled, candidate, conclude, pooled, status
+from loadgen.judge import CROWDED, Judgement
 from loadgen.leg import Axis, Leg, Phase
 from loadgen.pace import SweepPlan
 from loadgen.scenario import Load
 
-__all__ = ["Begin", "Conclusion", "Pooled", "Restart", "RunLeg", "State", "Stop", "SweepPlan",
-           "candidate", "conclude", "pooled", "status", "step"]
+__all__ = ["Begin", "Check", "Conclusion", "Pooled", "Restart", "RunLeg", "State", "Stop",
+           "SweepPlan", "candidate", "conclude", "pooled", "status", "step"]
 
 StopReason = Literal["CONFIRMED", "NO_SAFE_LEVEL", "BUDGET", "GENERATOR_LIMIT", "SERVER_DIED"]
 
@@ -46,14 +48,9 @@ MAX_RESTARTS = 2
 AIM: dict[Axis, tuple[float, float]] = {"concurrency": (0.89, 0.965), "rate": (0.76, 0.82)}
 BACK_OFF = 0.93  # … and after each level that was tried in vain, while there is little time
 FINEST, FINEST_LONG = 1.25, 1.05  # of `SweepPlan`, for the default budget and for larger ones
-CHECKS_SHARE = 0.42  # of a larger budget
 NEAR = 1.03  # levels closer than this are one
 FAR_OFF: dict[Axis, float] = {"concurrency": 0.5, "rate": 0.4}  # of the limits
 REPLICATES = 4  # of the answer, where there is time: one lucky run may not be it
-OVERLOAD = 1.3
-HELD: dict[Phase, float] = {  # share of the budget for which a check is held
-    "reference": 0.02, "soak": 0.20, "poisson": 0.05, "burst": 0.05, "overload": 0.03,
-    "recover": 0.03}
 
 
 class State(Struct, frozen=True):
@@ -114,12 +111,18 @@ def _decide(state: State, spent_s: float) -> Action:
     tested = evidence.usable(history)
     if tested and candidate(tested, plan.criteria) is None:
         return Stop("NO_SAFE_LEVEL", f"even {min(j.value for j in tested):g} is not safe")
+    left_s = plan.budget_s - spent_s
+    again = _crowded(plan, tested, left_s)
+    if again is not None and plan.budget_s >= pace.MANY:
+        return _run(state, tested, again, "ladder", pace.ladder_s(plan, tested, again))
     above = _above(plan, tested)
     if above is not None and _goes_up(plan, tested, above, spent_s):
         return _run(state, tested, above, "ladder", pace.ladder_s(plan, tested, above))
-    action = _near_the_edge(state, tested, plan.budget_s - spent_s)
+    action = _near_the_edge(state, tested, left_s)
+    if again is not None and isinstance(action, Stop):
+        return _run(state, tested, again, "ladder", pace.ladder_s(plan, tested, again))
     if above is not None and isinstance(action, Stop) and _shows_the_knee(
-            plan, tested, above, plan.budget_s - spent_s):
+            plan, tested, above, left_s):
         return _run(state, tested, above, "ladder", pace.ladder_s(plan, tested, above))
     return action
 
@@ -148,7 +151,9 @@ def _again(state: State) -> Action:
                     f"{last.value:g} could not be measured: {why.says}; {why.remedy}")
     tested = evidence.usable(state.history)
     return _run(state, tested, last.value, last.phase, last.window_s,
-                _load(state.plan, tested, last.phase))
+                checks.arrivals(
+                    state.plan, tested, last.phase,
+                    evidence.proven(tested, state.plan.criteria)))
 
 
 def _run(state: State, tested: Sequence[Judgement], value: float, phase: Phase,
@@ -182,6 +187,21 @@ def _is_lost(plan: SweepPlan, tested: Sequence[Judgement], j: Judgement) -> bool
         tested, j.value, plan.criteria))
 
 
+def _crowded(plan: SweepPlan, tested: Sequence[Judgement], left_s: float) -> float | None:
+    """The lowest level that missed the target, if only a leg that crowded its own start says so,
+    and a whole warm-up can be had."""
+    missed = [x for x in evidence.levels_of(tested)
+              if evidence.has_missed(tested, x, plan.criteria)]
+    here = [j for j in tested if missed and j.value == missed[0] and j.phase in evidence.OF_LEVEL]
+    if not here or not all(j.crowded and j.phase == "ladder" for j in here):
+        return None
+    answer_s = pace.answer_s(plan, tested, missed[0])
+    if len(here) > 1 or pace.most_warmup_s(plan) < CROWDED * answer_s:
+        return None
+    cost_s = pace.cost_s(plan, tested, missed[0], pace.ladder_s(plan, tested, missed[0]))
+    return missed[0] if cost_s <= left_s else None
+
+
 def _shows_the_knee(plan: SweepPlan, tested: Sequence[Judgement], above: float,
                     left_s: float) -> bool:
     """With the time that is left: a level past the lost ones, while throughput grows."""
@@ -204,7 +224,9 @@ def _near_the_edge(state: State, tested: Sequence[Judgement], left_s: float) -> 
     then a level between; then those of the ladder, from the top."""
     plan = state.plan
     safe = evidence.proven(tested, plan.criteria)
-    spare_s = left_s - (CHECKS_SHARE * plan.budget_s if _has_checks(plan) else 0.0)
+    if soaks.failed(tested, plan.criteria):
+        return _by_soaks(state, tested, safe, left_s)
+    spare_s = left_s - checks.reserve_s(plan)
     room_s = spare_s if safe is not None else max(spare_s, left_s)
     hopes = [x for x in evidence.promising(tested, plan.criteria) if safe is None or x > safe]
     if not hopes and safe is None:  # nothing looks good: what is not contradicted is looked at
@@ -228,7 +250,28 @@ def _near_the_edge(state: State, tested: Sequence[Judgement], left_s: float) -> 
         level = candidate(tested, plan.criteria) or 0.0
         return Stop("BUDGET", f"what is left of {plan.budget_s:.0f} s is too short to confirm "
                     f"{level:g}; give more with --budget")
-    return _checks(state, tested, safe, left_s)
+    return _check(state, tested, safe, left_s)
+
+
+def _check(state: State, tested: Sequence[Judgement], safe: float, left_s: float) -> Action:
+    wanted = checks.next_check(state.plan, tested, safe, left_s)
+    if wanted is None:
+        return Stop("CONFIRMED", f"{safe:g} is confirmed")
+    return _run(state, tested, wanted.value, wanted.phase, wanted.held_s, wanted.load)
+
+
+def _by_soaks(state: State, tested: Sequence[Judgement], safe: float | None,
+              left_s: float) -> Action:
+    """A soak failed where short runs had held: nothing counts any more that was not soaked."""
+    wanted = checks.next_soak(state.plan, tested, left_s)
+    if wanted is not None:
+        return _run(state, tested, wanted.value, wanted.phase, wanted.held_s)
+    if safe is not None:
+        return _check(state, tested, safe, left_s)
+    level = candidate(tested, state.plan.criteria) or 0.0
+    return Stop("BUDGET", f"short runs held and a soak did not, and what is left of "
+                f"{state.plan.budget_s:.0f} s is too short to soak {level:g}; give more with "
+                "--budget")
 
 
 def _confirm(state: State, tested: Sequence[Judgement], levels: Sequence[float],
@@ -286,48 +329,3 @@ def _between(plan: SweepPlan, tested: Sequence[Judgement],
     if value <= least * NEAR or value <= (safe or 0.0) or known:
         return None, False
     return value, guided
-
-
-# ------------------------------------------------------------------------------------- checks
-
-
-def _has_checks(plan: SweepPlan) -> bool:
-    return plan.checks and plan.budget_s >= pace.MANY
-
-
-def _checks(state: State, tested: Sequence[Judgement], safe: float, left_s: float) -> Action:
-    """What is tried once there is an answer, in this order, each if it still fits."""
-    plan = state.plan
-    done = {j.phase for j in tested}
-    for kind in evidence.CHECKS if _has_checks(plan) else ():
-        if kind in done or (kind == "poisson" and plan.axis == "rate") or (
-                kind == "recover" and "overload" not in done):
-            continue
-        value = {"overload": _over(plan, safe), "reference": _reference(tested, safe)}.get(
-            kind, safe)
-        held_s = max(HELD[kind] * plan.budget_s,
-                     pace.LEG_OF_E2E * pace.answer_s(plan, tested, value))
-        if pace.cost_s(plan, tested, value, held_s) <= left_s:
-            return _run(state, tested, value, kind, held_s, _load(plan, tested, kind, safe))
-    return Stop("CONFIRMED", f"{safe:g} is confirmed")
-
-
-def _over(plan: SweepPlan, safe: float) -> float:
-    return float(math.ceil(OVERLOAD * safe)) if plan.axis == "concurrency" else OVERLOAD * safe
-
-
-def _reference(tested: Sequence[Judgement], safe: float) -> float:
-    """The largest level of the ladder that is not above the safe one: it was seen at the start."""
-    return max((j.value for j in tested if j.phase == "ladder" and j.value <= safe), default=safe)
-
-
-def _load(plan: SweepPlan, tested: Sequence[Judgement], kind: Phase,
-          safe: float | None = None) -> Load | None:
-    """Of the checks with arrivals of their own; None: the level's."""
-    if kind not in ("poisson", "burst"):
-        return None
-    level = evidence.proven(tested, plan.criteria) if safe is None else safe
-    if level is None:
-        return None
-    return pace.open_load(pace.rps(plan, tested, level) if plan.axis == "concurrency" else level,
-                          "poisson" if kind == "poisson" else "gamma")

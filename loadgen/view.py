@@ -162,6 +162,10 @@ def _verdict(j: Judgement) -> str:
     """The load verdict; the measurement's, where it is not VALID."""
     if j.measurement == "INVALID":
         return f"INVALID ({j.findings[0].rule})"
-    words = "not refuted" if j.load == "UNRESOLVED" and j.phase == "ladder" else j.load
+    if j.n == 0 and j.load == "UNRESOLVED":
+        return "nothing was due yet: answers take longer"
+    words: str = "not refuted" if j.load == "UNRESOLVED" and j.phase == "ladder" else j.load
+    if j.excused:
+        words = "no evidence: prompts crowded each other at the start"
     suspect = f"; SUSPECT ({', '.join(f.rule for f in j.findings)})" if j.findings else ""
     return f"{words}{', cut short' if j.cut else ''}{suspect}"

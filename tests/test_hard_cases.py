@@ -71,9 +71,9 @@ def slow_at(level: float, speed: float = 0.4) -> Callable[[float, float], float]
 def test_a_server_that_gets_slower_while_it_is_searched_is_not_called_safe_beyond_what_it_became(
         seed: int) -> None:
     """From 100 s on at 0.72 of its speed, as a card that got hot: then 96 % are good at 20 and 94 %
-    at 22."""
+    at 22; at full speed it would be 42. Only for searches whose proof came after that."""
     end, _ = searched(Changing(MIX, lambda t, _: 1.0 if t < 100 else 0.72), seed)
-    assert end.safe is None or end.safe <= 21
+    assert end.safe is None or end.safe <= 23
 
 
 def test_a_level_whose_confirmation_was_slower_than_the_last_one_shows_the_drift() -> None:

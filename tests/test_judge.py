@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from msgspec import structs
 from scipy import stats
 
 from loadgen.judge import Criteria, Judgement, ServerSigns, judge
@@ -331,3 +332,26 @@ def test_a_late_simulator_makes_the_measurement_suspect() -> None:
 def test_rules_see_the_sample_only() -> None:
     dropped = record(due_s=5, outcome=Outcome.DROPPED)
     assert verdict([GOOD] * 59 + [dropped]).measurement == "VALID"
+
+
+# ---------------------------------------------------------------------------- crowded starts
+
+
+@pytest.mark.parametrize(("warmup_s", "slow", "load", "excused"), [
+    (1.0, {"ttft_s": 2.1, "took_s": 4}, "UNRESOLVED", True),
+    (4.0, {"ttft_s": 2.1, "took_s": 4}, "UNSAFE", False),
+    (1.0, {"ttft_s": 1.0, "took_s": 4, "gaps_us": [60_000] * 9}, "UNSAFE", False)])
+def test_first_tokens_that_a_crowded_start_made_late_refute_nothing(
+        warmup_s: float, slow: dict[str, Any], load: str, excused: bool) -> None:
+    """Answers take 4 s: in a warm-up of 1 s the slots start four times as fast as ever after."""
+    one = structs.replace(leg("ladder"), warmup_s=warmup_s)
+    j = judge(one, WINDOW, [record(**slow, seq=i) for i in range(200)], ServerSigns(), SCENARIO,
+              Criteria())
+    assert (j.load, j.excused, j.good) == (load, excused, 0)
+    assert j.crowded == (warmup_s < 3)
+
+
+def test_a_run_that_was_asked_for_is_judged_with_the_warm_up_that_was_asked_for() -> None:
+    one = structs.replace(leg("run"), warmup_s=0.5)
+    j = judge(one, WINDOW, [SLOW] * 200, ServerSigns(), SCENARIO, Criteria())
+    assert (j.crowded, j.load) == (False, "UNSAFE")

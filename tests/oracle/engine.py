@@ -96,7 +96,7 @@ def sweep_of(axis: Axis, limits: str | None, seed: int,
              budget_s: float) -> tuple[SweepResult, Varying]:
     executor = Varying(mix_of(limits), seed)
     plan = SweepPlan(axis, ladder_of(axis, MOST[axis]), budget_s, seed, Criteria(),
-                     can_restart=False, finest=ramp.finest_of(budget_s))
+                     can_restart=False, finest=ramp.finest_of(budget_s), checks=True)
     result = asyncio.run(sweep(plan, mix_of(limits), executor, lambda *_: None,
                                lambda: executor.now_s))
     return result, executor

@@ -177,7 +177,7 @@ def search(world: World, seed: int, budget_s: float) -> Found:
     criteria = Criteria(target=world.target)
     bench = Bench(world, seed, criteria)
     plan = SweepPlan(world.axis, bench.ladder, budget_s, seed, criteria,
-                     can_restart=False, finest=ramp.finest_of(budget_s))
+                     can_restart=False, finest=ramp.finest_of(budget_s), checks=True)
     state, action = ramp.step(ramp.State(plan), ramp.Begin(), bench.now_s)
     judged: list[Judgement] = []
     while isinstance(action, ramp.RunLeg):
