@@ -99,7 +99,8 @@ ALLOWED = {
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
                 "scenario", "telemetry.signs", "errors", "evidence", "exits", "headroom",
-                "terminal", "unit", "campaign", "cells", "answers"}
+                "terminal", "unit", "campaign", "cells", "answers", "openai",
+                "outputs"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",
