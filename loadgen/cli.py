@@ -220,7 +220,8 @@ def _quality(chosen: Scenario, name: str, server_options: Sequence[str],
         return runner.run_legs(greedy, [Leg(
             id=f"quality-{level:g}", axis="concurrency", value=level, phase="run", replicate=0,
             seed=session.seed, load=Closed(int(level)), warmup_s=0.0, measure_s=None,
-            num_sessions=options["num_prompts"]) for level in levels], view)
+            num_sessions=options["num_prompts"], again=i > 0)
+            for i, level in enumerate(levels)], view)
 
     _measure(name, server_options, options, measure, None, (levels[-1], "concurrency"))
 

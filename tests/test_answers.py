@@ -10,7 +10,18 @@ import msgspec
 import pytest
 
 from analysis import checked, frame, summary
-from loadgen import answers, bulk, metrics, openai, outputs, plan, prompts, scenario, tasks
+from loadgen import (
+    answers,
+    bulk,
+    metrics,
+    openai,
+    outputs,
+    plan,
+    prompts,
+    scenario,
+    tasks,
+    validity,
+)
 from loadgen.errors import ScenarioError
 from loadgen.openai import Answer, Call
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
@@ -102,6 +113,20 @@ def test_a_tool_that_is_named_is_the_one_that_the_prompt_asks_for() -> None:
     body = json.loads(openai.body("chat", "m", "p", 5, of.classes[0], said))
     assert body["tools"] == said["tools"]
     assert plan.wire(mix().classes[0], session, 0, 7) == {}
+
+
+def test_tools_are_offered_but_not_to_be_called_where_prompts_are_only_counted() -> None:
+    of = mix(kind="tools", tool_choice="required").classes[0]
+    assert tasks.offered(of)["tools"] == plan.wire(of, plan.session(mix(kind="tools"), 7, 2, None),
+                                                   0, 7)["tools"]
+    assert "tool_choice" not in tasks.offered(of)
+    assert tasks.offered(mix().classes[0]) == {}
+
+
+def test_tools_and_prompts_that_come_again_by_plan_are_no_reuse() -> None:
+    sent = [record(first_ns=5, prompt_tok=900) for _ in range(20)]
+    assert [f.rule for f in validity.reuse(mix(), sent, 0.7, 0)] == ["prompts-reused"]
+    assert validity.reuse(mix(kind="tools"), sent, 0.7, 0) == []
 
 
 @pytest.mark.parametrize(("more", "says"), [

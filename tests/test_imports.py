@@ -67,7 +67,7 @@ ALLOWED = {
     "hosts.delivery": "errors hosts.messages record",
     "hosts.members": "errors hosts hosts.clock hosts.delivery hosts.identity hosts.messages "
                      "hosts.seal leg shard store",
-    "calibrate": "client dial errors net openai plan prompts record scenario target",
+    "calibrate": "client dial errors net openai plan prompts record scenario target tasks",
     "health": "", "telemetry.log": "store", "telemetry.process": "store",
     "watch": "errors health store target telemetry.gpu telemetry.log telemetry.process "
              "telemetry.server telemetry.signs",
