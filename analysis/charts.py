@@ -281,6 +281,23 @@ def attainment(run: Run, answer: Answer) -> Chart:
     ).properties(height=25 * len(rows))
 
 
+def quality(found: Rows) -> Chart:
+    """By concurrency the share of valid answers, and of those like the ones at the lowest."""
+    rows = [{"value": r["value"], "what": what, "share": r[part] / r[whole]} for r in found
+            for what, part, whole in (("valid", "valid", "n"), ("same", "same", "compared"))
+            if r[whole]]
+    colour = alt.Color("what:N", title=None, scale=alt.Scale(
+        domain=["valid", "same"], range=[theme.BLUE, theme.LIGHT_BLUE]))
+    base = alt.Chart(data(rows)).encode(
+        x=alt.X("value:O", title="Concurrent requests", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("share:Q", title="", axis=alt.Axis(format="%", tickCount=5),
+                scale=alt.Scale(domain=[0, 1.02], nice=False)),
+        color=colour, tooltip=["what:N", alt.Tooltip("share:Q", format=".1%")])
+    chart: Chart = alt.layer(base.mark_line(strokeWidth=2), base.mark_point(
+        filled=True, size=55, opacity=1)).properties(height=200)
+    return chart
+
+
 # ------------------------------------------------------------------------------------- outputs
 
 

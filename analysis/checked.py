@@ -7,6 +7,9 @@ from typing import Any
 from analysis import retention
 from analysis.frame import Run
 from analysis.steps import percent
+from loadgen import metrics, outputs
+from loadgen.leg import Leg
+from loadgen.openai import Answer
 from loadgen.record import Outcome
 from loadgen.store import Verdict
 
@@ -40,7 +43,8 @@ def figures(run: Run) -> dict[str, Any] | None:
     """None: no class has a validator."""
     if not classes(run):
         return None
-    return {"levels": of(run), "unchecked": unchecked(run), "made": not _virtual(run)}
+    return {"levels": of(run), "unchecked": unchecked(run), "quality": quality(run),
+            "made": not _virtual(run)}
 
 
 def unchecked(run: Run) -> int:
@@ -75,6 +79,43 @@ def says(run: Run) -> str:
     said = f"Answers: {'; '.join(parts) or 'none was checked'}."
     left = unchecked(run)
     return f"{said} {left} not checked: their texts are not in this folder." if left else said
+
+
+def quality(run: Run) -> list[dict[str, Any]]:
+    """Of legs that sent the same prompts: by level the share of valid answers, and of those that
+    are, to the letter, the answer at the lowest level. Empty where there is but one such leg."""
+    alike: dict[tuple[int, int | None], list[Leg]] = {}
+    for leg, _ in run.legs:
+        if leg.num_sessions is not None:
+            alike.setdefault((leg.seed, leg.num_sessions), []).append(leg)
+    found = []
+    for legs in alike.values():
+        legs.sort(key=lambda leg: leg.value)
+        first: dict[tuple[int, int], Answer | None] | None = None
+        for leg in legs if len(legs) > 1 else ():
+            own = [v for v in run.verdicts if v.leg == leg.id]
+            said = {(v.session, v.turn): outputs.read(run.folder.path, v.ref) for v in own}
+            first = said if first is None else first
+            both = [k for k in said if k in first]
+            found.append({"value": leg.value, "n": len(own), "valid": sum(v.ok for v in own),
+                          "compared": len(both), "same": sum(said[k] == first[k] for k in both)})
+    return found
+
+
+QUALITY_NOTE = ("The same prompts at each level, at temperature 0. Same: to the letter the answer "
+                "at the lowest level. Batches are added up in another order under load, so that a "
+                "few answers differ on a sound server; what must not fall is the share of valid "
+                "ones. Latencies of prompts that come again are flattered by a prefix cache.")
+QUALITY_HEADS = ("concurrency", "answers", "valid", "share valid", "at least", "same", "share same")
+
+
+def quality_cells(run: Run) -> Iterator[list[str]]:
+    for r in quality(run):
+        n, compared = r["n"], r["compared"]
+        lower = metrics.lower_bound(r["valid"], n, run.criteria.confidence)
+        yield [f"{r['value']:g}", str(n), str(r["valid"]),
+               percent(r["valid"] / n) if n else "–", percent(lower, down=True),
+               f"{r['same']} of {compared}", percent(r["same"] / compared) if compared else "–"]
 
 
 def cells(run: Run) -> Iterator[list[str]]:

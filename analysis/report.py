@@ -15,7 +15,18 @@ import msgspec
 import pandas as pd
 from altair.utils import schemapi
 
-from analysis import ceiling, charts, frame, given, steps, tables, theme, timeline, words
+from analysis import (
+    ceiling,
+    charts,
+    checked,
+    frame,
+    given,
+    steps,
+    tables,
+    theme,
+    timeline,
+    words,
+)
 from analysis.charts import Chart
 from analysis.frame import Run
 from analysis.steps import duration, number, percent
@@ -194,6 +205,11 @@ def _level_charts(run: Run, answer: Answer, drawn: list[Chart]) -> Iterator[str]
            f"Good: answers that met every limit. {few}</p>")
     yield '<div class="pair">' + _figure(drawn, charts.throughput(run, answer)) + _figure(
         drawn, charts.latency_by_load(run, answer)) + "</div>"
+    if rows := checked.quality(run):
+        yield "<h2>Answers against the load</h2>"
+        yield ('<p class="muted">The same prompts at each level; the table is under “Quality under '
+               "load”.</p>")
+        yield _figure(drawn, charts.quality(rows))
     yield "<h2>Attainment of the SLO</h2>"
     yield ('<p class="muted">Share of requests that met every limit, with one-sided '
            f"{percent(run.criteria.confidence)} bounds; left the level and how many of how many. "

@@ -90,6 +90,10 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
         yield f'<p class="muted">{escape(checked.NOTE)} {escape(checked.says(run))}</p>'
         yield table(checked.HEADS, checked.cells(run))
         yield table(checked.SHOWN_HEADS, checked.examples(run))
+    if found := [*checked.quality_cells(run)]:
+        yield "<h2>Quality under load</h2>"
+        yield f'<p class="muted">{escape(checked.QUALITY_NOTE)}</p>'
+        yield table(checked.QUALITY_HEADS, found)
     for part in (retention, visible, throttled):
         yield from _part(part.TITLE, part.NOTE, part.HEADS, part.cells(run))
     missed = [j for j in run.judgements if j.misses]

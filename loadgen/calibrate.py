@@ -6,11 +6,12 @@ a few requests for one token, else guessed. Nothing here is part of the measurem
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import aiohttp
 
-from loadgen import openai, plan, prompts
+from loadgen import openai, plan, prompts, tasks
 from loadgen.client import Client
 from loadgen.dial import context_of
 from loadgen.errors import ScenarioError, ServerError
@@ -103,12 +104,13 @@ async def ratios(target: Target, scenario: Scenario, seed: int) -> dict[str, Rat
                 found[c.name] = prompts.guess(c)
                 continue
             texts = _texts(c, seed, -(-SAMPLES // len(scenario.classes)))
-            counts = await _tokenized(target, scenario, texts)
+            counts = await _tokenized(target, scenario, texts, tasks.offered(c))
             if counts:
                 found[c.name] = _plausible(prompts.fit(counts, "tokenize"), c)
                 continue
             texts = texts[:: -(-len(texts) // PROBES)]
-            answers = await asyncio.gather(*(_ask(client, scenario, c, text, 1) for text in texts))
+            answers = await asyncio.gather(*(_ask(
+                client, scenario, c, text, 1, _unused(tasks.offered(c))) for text in texts))
             counts = [(len(t), r.prompt_tok) for t, r in zip(texts, answers, strict=True)
                       if r.prompt_tok]
             found[c.name] = (_plausible(prompts.fit(counts, "usage"), c) if counts
@@ -134,8 +136,8 @@ def _texts(c: RequestClass, seed: int, n: int) -> list[str]:
     return texts
 
 
-async def _tokenized(target: Target, scenario: Scenario,
-                     texts: list[str]) -> list[tuple[int, int]]:
+async def _tokenized(target: Target, scenario: Scenario, texts: list[str],
+                     more: dict[str, Any]) -> list[tuple[int, int]]:
     """(characters, tokens) of each text by the server's /tokenize; [] if it has none."""
     url, counts = f"{target.base_url}/tokenize", []
     context = context_of(target.trust)
@@ -145,7 +147,7 @@ async def _tokenized(target: Target, scenario: Scenario,
             what = ({"messages": [{"role": "user", "content": text}]}
                     if scenario.endpoint == "chat" else {"prompt": text})
             try:
-                async with session.post(url, json={"model": target.model, **what},
+                async with session.post(url, json={"model": target.model, **what, **more},
                                         ssl=context) as answer:
                     if answer.status != 200:
                         return []
@@ -155,8 +157,13 @@ async def _tokenized(target: Target, scenario: Scenario,
     return counts
 
 
+def _unused(offered: dict[str, Any]) -> dict[str, Any]:
+    """Tools that are counted, and that not every server would let a model choose from."""
+    return {**offered, "tool_choice": "none"} if offered else {}
+
+
 async def _ask(client: Client, scenario: Scenario, c: RequestClass, text: str,
-               tokens: int) -> RequestRecord:
-    body = openai.body(scenario.endpoint, client.target.model, text, tokens, c)
+               tokens: int, more: Mapping[str, Any] | None = None) -> RequestRecord:
+    body = openai.body(scenario.endpoint, client.target.model, text, tokens, c, more or {})
     return await client.send(Shot(leg="", shard=0, seq=0, session=0, turn=0, cls=c.name,
                                   due_ns=now_ns(), body=body, max_tokens=tokens))

@@ -143,6 +143,8 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
               help="Coefficient of variation of gamma gaps; above 1 is bursty.")
 @click.option("--timestamps", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Open loop at given instants: seconds from the start, one a line.")
+@click.option("--quality", metavar="A,B,C", help="The same --num-prompts prompts at concurrency 1 "
+              "and at each of these, at temperature 0: do answers change under load?")
 @click.option("--duration", callback=duration, metavar="60s", help="Time that is measured.")
 @click.option("--num-prompts", type=click.IntRange(1), metavar="N",
               help="Stop after N requests; of classes with turns: after N sessions.")
@@ -159,8 +161,11 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
     loadgen run mixed --rate 4 --duration 60s
     loadgen run chat --concurrency 16 --duration 30s --base-url http://127.0.0.1:8000
     loadgen run code --rate 2 --arrivals gamma --cv 2 --num-prompts 100
+    loadgen run json-forced --quality 8,32 --num-prompts 100
     """
     chosen = scenario.load(name)
+    if options["quality"] is not None:
+        _quality(chosen, name, server_options, options)
     if options["seed"] is None:
         options["seed"] = secrets.randbelow(2**31)
     load = load_of(chosen, options, options["seed"])
@@ -191,6 +196,34 @@ def run(server_options: tuple[str, ...], /, name: str, **options: Any) -> None:
 
     axis = "concurrency" if isinstance(load, Closed) else "rate"
     _measure(name, server_options, options, measure, None, (float(value), axis))
+
+
+def _quality(chosen: Scenario, name: str, server_options: Sequence[str],
+             options: dict[str, Any]) -> None:
+    """The same prompts at several concurrencies, to the exit code."""
+    others = [k for k in ("concurrency", "rate", "timestamps", "duration", "warmup", "virtual")
+              if options[k]]
+    if others or not options["num_prompts"]:
+        raise click.UsageError("--quality wants --num-prompts N, and no load, duration or "
+                               "--virtual beside it")
+    if all(c.validator is None for c in chosen.classes):
+        raise click.UsageError(f"scenario {chosen.name} has no validator: there is no answer to "
+                               "compare. Shipped ones that have: json-forced, tools, translation …")
+    levels = sorted({1.0, *levels_of(options["quality"], 100_000, "concurrency")})
+
+    def measure(session: Any, view: Any) -> Any:
+        import msgspec  # noqa: PLC0415
+
+        from loadgen import runner  # noqa: PLC0415
+
+        greedy = msgspec.structs.replace(session, scenario=session.scenario.greedy())
+        return runner.run_legs(greedy, [Leg(
+            id=f"quality-{level:g}", axis="concurrency", value=level, phase="run", replicate=0,
+            seed=session.seed, load=Closed(int(level)), warmup_s=0.0, measure_s=None,
+            num_sessions=options["num_prompts"], again=i > 0)
+            for i, level in enumerate(levels)], view)
+
+    _measure(name, server_options, options, measure, None, (levels[-1], "concurrency"))
 
 
 FILE = click.Path(dir_okay=False, path_type=Path)

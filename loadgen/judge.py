@@ -151,8 +151,9 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind,
                               books, headroom.beyond(records, criteria.calibration))
     findings += validity.repeats(scenario, records)
-    findings += validity.reuse(scenario, sample, signs.prefix_hit_frac, signs.preemptions,
-                               leg.load)
+    if not leg.again:
+        findings += validity.reuse(scenario, sample, signs.prefix_hit_frac, signs.preemptions,
+                                   leg.load)
     distress = _distress(signs, n)
     at_most = metrics.upper_bound(sum(spared) * upper_worth, n * upper_worth, sure)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would

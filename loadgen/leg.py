@@ -29,6 +29,7 @@ class Leg(Struct, frozen=True):
     measure_s: float | None
     num_sessions: int | None = None
     cut_below: float | None = None  # leave the leg once its attainment is surely below this
+    again: bool = False  # by plan its prompts were sent before
 
 
 class Health(Struct, frozen=True, omit_defaults=True):

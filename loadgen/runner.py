@@ -5,7 +5,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,21 @@ def run_leg(session: Session, leg: Leg, view: View) -> SweepResult:
     if isinstance(session.server, VirtualSim):
         fit = _fitted(session, leg, session.server.config.max_model_len, view)
         return _virtual(session, session.server, view, lambda executor: run(fit, executor))
+    return _drive(_session(session, view, body))
+
+
+def run_legs(session: Session, legs: Sequence[Leg], view: View) -> SweepResult:
+    """One leg after the other, and their verdicts; ends with one that does not end well."""
+    async def body(executor: "_Executor") -> SweepResult:
+        found = []
+        for leg in legs:
+            window, judgement = await run_one(leg, session.scenario, session.criteria, executor)
+            view.judged(leg, judgement)
+            found.append(judgement)
+            if window.ending != "done":
+                break
+        says = "interrupted" if window.ending == "interrupted" else ""
+        return SweepResult(found, window.ending, window.note or says)
     return _drive(_session(session, view, body))
 
 

@@ -224,6 +224,12 @@ class Scenario(_Frozen, frozen=True):
     def of(self, cls: str) -> RequestClass:
         return next(c for c in self.classes if c.name == cls)
 
+    def greedy(self) -> "Scenario":
+        """The same mix at temperature 0: the likeliest answer each time."""
+        return msgspec.structs.replace(self, classes=tuple(
+            msgspec.structs.replace(c, sampling=msgspec.structs.replace(
+                c.sampling, temperature=0.0, top_p=None)) for c in self.classes))
+
     def with_slo(self, override: Slo) -> "Scenario":
         """The same mix judged by other limits: `override` wins over file and class."""
         classes = tuple(msgspec.structs.replace(c, slo=merge_slo(c.slo, override))

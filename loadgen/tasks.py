@@ -208,13 +208,19 @@ def _type_of(x: dict[str, Any]) -> str:
     return str(x.get("type", "any"))
 
 
+def offered(cls: RequestClass) -> dict[str, Any]:
+    """The tools that a request of the class brings along; they count into its prompt."""
+    if cls.kind != "tools":
+        return {}
+    return {"tools": [{"type": "function", "function": {
+        "name": name, "description": does, "parameters": parameters}}
+        for name, (does, parameters) in TOOLS.items()]}
+
+
 def wire(cls: RequestClass, task: Task | None) -> dict[str, Any]:
     """What the request's body says of it, beside the prompt: tools, a forced form."""
-    said: dict[str, Any] = {}
+    said = offered(cls)
     if cls.kind == "tools":
-        said["tools"] = [{"type": "function", "function": {
-            "name": name, "description": does, "parameters": parameters}}
-            for name, (does, parameters) in TOOLS.items()]
         named = {"type": "function", "function": {"name": task.tool if task else None}}
         said["tool_choice"] = named if cls.tool_choice == "named" else cls.tool_choice or "auto"
     if cls.response_format == "json_object":

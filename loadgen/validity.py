@@ -301,11 +301,11 @@ def reuse(mix: Scenario, records: Sequence[RequestRecord], hit_frac: float | Non
           preemptions: float | None, load: Load | None = None) -> list[Finding]:
     """What the server's prefix cache held of the prompts, against what the scenario, or the blocks
     of a trace, declare they share. Prompts of later turns hold the earlier ones, prompts of a
-    dataset what they happen to share, and a request that was preempted finds its own again: then
-    there is nothing to hold it against."""
+    dataset what they happen to share, those with tools all the same tools, and a request that was
+    preempted finds its own again: then there is nothing to hold it against."""
     sent = [r for r in records if r.first_ns is not None]
     prompt_tok = sum(r.prompt_tok or r.want_prompt_tok or 0 for r in sent)
-    given = {c.name for c in mix.classes if c.dataset is not None}
+    given = {c.name for c in mix.classes if c.dataset is not None or c.kind == "tools"}
     if hit_frac is None or not prompt_tok or preemptions or any(
             r.turn or r.cls in given for r in sent):
         return []

@@ -10,7 +10,18 @@ import msgspec
 import pytest
 
 from analysis import checked, frame, summary
-from loadgen import answers, bulk, metrics, openai, outputs, plan, prompts, scenario, tasks
+from loadgen import (
+    answers,
+    bulk,
+    metrics,
+    openai,
+    outputs,
+    plan,
+    prompts,
+    scenario,
+    tasks,
+    validity,
+)
 from loadgen.errors import ScenarioError
 from loadgen.openai import Answer, Call
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
@@ -102,6 +113,20 @@ def test_a_tool_that_is_named_is_the_one_that_the_prompt_asks_for() -> None:
     body = json.loads(openai.body("chat", "m", "p", 5, of.classes[0], said))
     assert body["tools"] == said["tools"]
     assert plan.wire(mix().classes[0], session, 0, 7) == {}
+
+
+def test_tools_are_offered_but_not_to_be_called_where_prompts_are_only_counted() -> None:
+    of = mix(kind="tools", tool_choice="required").classes[0]
+    assert tasks.offered(of)["tools"] == plan.wire(of, plan.session(mix(kind="tools"), 7, 2, None),
+                                                   0, 7)["tools"]
+    assert "tool_choice" not in tasks.offered(of)
+    assert tasks.offered(mix().classes[0]) == {}
+
+
+def test_tools_and_prompts_that_come_again_by_plan_are_no_reuse() -> None:
+    sent = [record(first_ns=5, prompt_tok=900) for _ in range(20)]
+    assert [f.rule for f in validity.reuse(mix(), sent, 0.7, 0)] == ["prompts-reused"]
+    assert validity.reuse(mix(kind="tools"), sent, 0.7, 0) == []
 
 
 @pytest.mark.parametrize(("more", "says"), [
@@ -228,8 +253,8 @@ def test_a_wrong_answer_is_a_miss_and_is_not_written_into_the_record() -> None:
     assert msgspec.structs.replace(told, counts=True).wrong == "forgot a fact"
 
 
-def run_folder(path: Path, of: scenario.Scenario, said: list[str]) -> RunFolder:
-    """A run of one leg whose answers say this."""
+def run_folder(path: Path, of: scenario.Scenario, *levels: list[str]) -> RunFolder:
+    """A run with a leg for each of the levels 1, 2 …, whose answers say this."""
     from loadgen.leg import Leg, Window
     from loadgen.store import SCHEMA, Header, Journal, LegLine, Manifest
 
@@ -239,16 +264,19 @@ def run_folder(path: Path, of: scenario.Scenario, said: list[str]) -> RunFolder:
         "m", {"kind": "remote"}, {"c": ratio}, {}, {}))
     legs, records = folder.legs_journal(), Journal(folder.records_path(0))
     records.append(Header(SCHEMA, "r", 0, 0, 0))
-    legs.append(LegLine(leg=Leg("run", "concurrency", 1, "run", 0, 7, scenario.Closed(1), 0.0,
-                                None, len(said))))
     kept = outputs.Outputs(path / "outputs-0.jsonl", of)
-    for k, text in enumerate(said):
-        r = record(seq=k, session=k, due_ns=k * 10**9, sent_ns=k * 10**9, first_ns=k * 10**9 + 5,
-                   end_ns=k * 10**9 + 9, output_tok=8)
-        r.output_ref = kept.keep(r, Answer(text))
-        records.append(r)
-    n = len(said) * 10**9
-    legs.append(LegLine(window=Window("run", 0, 0, n, n, "done", records=len(said), alone=True)))
+    for level, said in enumerate(levels, 1):
+        name, n = f"run{level}", len(said) * 10**9
+        legs.append(LegLine(leg=Leg(name, "concurrency", level, "run", 0, 7, scenario.Closed(level),
+                                    0.0, None, len(said))))
+        for k, text in enumerate(said):
+            at = k * 10**9
+            r = record(leg=name, seq=k, session=k, due_ns=at, sent_ns=at, first_ns=at + 5,
+                       end_ns=at + 9, output_tok=8)
+            r.output_ref = kept.keep(r, Answer(text))
+            records.append(r)
+        legs.append(LegLine(window=Window(name, 0, 0, n, n, "done", records=len(said),
+                                          alone=True)))
     return folder
 
 
@@ -287,6 +315,40 @@ def test_answers_whose_texts_are_elsewhere_are_said_to_be_unchecked(tmp_path: Pa
     run = summary.finish(tmp_path / "r", report=False)
     assert checked.unchecked(run) == 5
     assert "5 not checked" in checked.says(run)
+
+
+def test_the_same_prompts_at_several_levels_show_where_quality_falls(tmp_path: Path) -> None:
+    of = mix(validator=FACTS)
+    alone = [" ".join(task_of(of, k).facts) for k in range(20)]
+    other = [x if k % 5 else f"{x}." for k, x in enumerate(alone)]  # valid, but not the same
+    lost = [x if k % 2 else "nothing" for k, x in enumerate(alone)]
+    run_folder(tmp_path / "r", of, alone, other, lost)
+    run = summary.finish(tmp_path / "r")
+    assert [(q["value"], q["valid"], q["same"], q["compared"]) for q in checked.quality(run)] == [
+        (1, 20, 20, 20), (2, 20, 16, 20), (3, 10, 10, 20)]
+    page = (tmp_path / "r/report.html").read_text()
+    assert "<h2>Quality under load</h2>" in page
+    assert "16 of 20" in page
+    assert "<h2>Answers against the load</h2>" in page
+
+
+def test_verdicts_of_a_leg_that_was_cut_and_repeated_stand_apart(tmp_path: Path) -> None:
+    from loadgen.store import LegLine, Resumed
+
+    of = mix(validator=FACTS)
+    folder = run_folder(tmp_path / "r", of, ["nothing"] * 4)
+    assert answers.complete(folder) == 4
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "r").glob("*-0.jsonl")}
+    folder.legs_journal().append(LegLine(resumed=Resumed("now", 1.0, [], 0, sizes)))
+    assert {v.leg for v in folder.verdicts().values()} == {"run1~cut1"}
+    kept = outputs.Outputs(tmp_path / "r/outputs-0.jsonl", of)
+    again = record(leg="run1", seq=0)
+    again.output_ref = kept.keep(again, Answer("once more"))
+    found = answers.Basis(of, {}, {"run1": 7})
+    verdict = answers.verdict_on(folder, found, again)
+    assert verdict is not None
+    folder.verdicts_journal().append(verdict)
+    assert Counter(v.leg for v in folder.verdicts().values()) == {"run1~cut1": 4, "run1": 1}
 
 
 def test_the_source_of_a_translation_is_drawn_again() -> None:

@@ -81,6 +81,26 @@ def test_locusts_users_answers_are_checked_when_the_report_is_made(tmp_path: Pat
     assert summary(tmp_path / "r")["answers"]["unchecked"] == 0  # type: ignore[index]
 
 
+def test_the_same_prompts_at_several_levels_are_compared(tmp_path: Path) -> None:
+    said = loadgen("run", "json-forced", "--quality", "2,4", "--num-prompts", "30", "--out", "r",
+                   "--seed", "5", *SPOILED, cwd=tmp_path)
+    run = frame.load(tmp_path / "r")
+    found = checked.quality(run)
+    assert [(q["value"], q["n"], q["same"]) for q in found] == [(1, 30, 30), (2, 30, 30),
+                                                                (4, 30, 30)], said.all
+    assert len({q["valid"] for q in found}) == 1  # the simulator's words depend on nothing else
+    assert {c.sampling.temperature for c in run.scenario.classes} == {0.0}
+
+
+@pytest.mark.parametrize("words", [
+    ["json-forced", "--quality", "2"], ["mixed", "--quality", "2", "--num-prompts", "9"],
+    ["json-forced", "--quality", "2", "--num-prompts", "9", "--rate", "2"],
+    ["json-forced", "--quality", "x", "--num-prompts", "9"]])
+def test_quality_that_cannot_be_compared_is_exit_2(tmp_path: Path, words: list[str]) -> None:
+    assert loadgen("run", *words, cwd=tmp_path).code == cli.USAGE
+    assert not [*tmp_path.iterdir()]
+
+
 def test_virtual_time_makes_no_answers_and_says_so(tmp_path: Path) -> None:
     said = loadgen("run", "json-forced", "--concurrency", "4", "--num-prompts", "100", "--virtual",
                    "--out", "r", cwd=tmp_path)

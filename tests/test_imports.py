@@ -69,7 +69,7 @@ ALLOWED = {
     "hosts.delivery": "errors hosts.messages record",
     "hosts.members": "errors hosts hosts.clock hosts.delivery hosts.identity hosts.messages "
                      "hosts.seal leg shard store",
-    "calibrate": "client dial errors net openai plan prompts record scenario target",
+    "calibrate": "client dial errors net openai plan prompts record scenario target tasks",
     "health": "", "telemetry.log": "store", "telemetry.process": "store",
     "watch": "errors health store target telemetry.gpu telemetry.log telemetry.process "
              "telemetry.server telemetry.signs",
@@ -101,7 +101,8 @@ ALLOWED = {
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
                 "scenario", "telemetry.signs", "errors", "evidence", "exits", "headroom",
-                "terminal", "unit", "campaign", "cells", "answers"}
+                "terminal", "unit", "campaign", "cells", "answers", "openai",
+                "outputs"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
              "loadgen.virtual",

@@ -348,3 +348,85 @@ def test_a_loadgen_that_is_killed_while_vllm_starts_leaves_nothing_behind(
         process.kill()
         process.communicate()
     wait(lambda: not processes_in(tmp_path), 20)
+
+
+# -------------------------------------------------------------------------------------- its answers
+
+CHECKED = """
+[slo]
+e2e = "300s"
+
+[[classes]]
+name = "forced"
+kind = "json"
+prompt_tokens = 600
+output_tokens = 600
+response_format = "json_schema"
+
+[classes.validator]
+check = "json"
+schema = { type = "object", additionalProperties = false, required = ["errors", "top", "seen"], \
+properties = { errors = { type = "integer", minimum = 0, maximum = 999 }, top = { type = "string", \
+enum = ["view", "登录"] }, seen = { type = "array", minItems = 1, maxItems = 3, items = { \
+type = "string", pattern = "^[a-z]{1,8}$" } } } }
+
+[[classes]]
+name = "named"
+kind = "tools"
+prompt_tokens = 300
+output_tokens = 600
+tool_choice = "named"
+validator = { check = "tool" }
+
+[[classes]]
+name = "asked"
+kind = "json"
+prompt_tokens = 600
+output_tokens = 60
+validator = { check = "json" }
+
+[[classes]]
+name = "facts"
+kind = "summary"
+prompt_tokens = 512
+output_tokens = 60
+validator = { check = "facts" }
+
+[[classes]]
+name = "translation"
+kind = "translation"
+language = "zh"
+into = "en"
+prompt_tokens = 300
+output_tokens = 60
+validator = { check = "translation" }
+
+[[classes]]
+name = "code"
+kind = "code"
+prompt_tokens = 300
+output_tokens = 60
+validator = { check = "python" }
+"""
+
+
+def test_noise_is_told_from_what_guided_decoding_forces(model: Path, tmp_path: Path) -> None:
+    """The tiny model's words mean nothing: no check may pass but of what a grammar forced."""
+    (tmp_path / "checked.toml").write_text(CHECKED, encoding="utf-8")
+    said = loadgen("run", "./checked.toml", "--concurrency", "6", "--num-prompts", "60", "--out",
+                   "r", *launched(model, "--enable-auto-tool-choice", "--tool-call-parser",
+                                  "hermes"), cwd=tmp_path)
+    assert said.code in JUDGED, said.all
+    found: dict[str, set[str | None]] = {}
+    for v in RunFolder(tmp_path / "r").verdicts().values():
+        found.setdefault(v.cls, set()).add(v.kind)
+    assert found["forced"] == {None}, said.all
+    assert found["asked"] == {"invalid JSON"}
+    assert found["facts"] == {"forgot a fact"}
+    assert None not in found["translation"]
+    assert None not in found["code"]
+    assert "wrong tool" not in found["named"]  # the name is forced, and of the arguments the form
+    assert "no tool call" not in found["named"]
+    run = frame.load(tmp_path / "r")
+    assert run.judgements[0].good <= sum(n for c, (_, n) in run.judgements[0].classes.items()
+                                         if c in ("forced", "named"))

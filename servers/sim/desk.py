@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import time
+import zlib
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -80,9 +81,10 @@ class Desk:
         config = house.engine.config
         ask = wire.parse_ask(wire.parse_body(raw, request.content_type), chat, house.models,
                              config.max_model_len, config.machine.model.vocab)
+        rng = random.Random(zlib.crc32(raw)) if ask.sampling.greedy else self._rng
         del raw
         answer = Answer(ask, self._id_of(request), config.machine.model.vocab)
-        said = [scripts.write(ask.constraint, self._habits, self._rng)
+        said = [scripts.write(ask.constraint, self._habits, rng)
                 for _ in range(len(ask.prompts) * ask.sampling.n)]
         if self._is_full(self._seen):
             raise busy()

@@ -24,6 +24,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # so many alternatives per token; None: not asked for
     n: int = 1
+    greedy: bool = False  # temperature 0: the same words to the same request
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ def _sampling(body: dict[str, Any], chat: bool, max_model_len: int) -> Sampling:
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise invalid("string_type", "body.stop.str", "Input should be a valid string", stop)
     return Sampling(_max_tokens(body, chat, max_model_len), int(_number(body, "min_tokens", 0)),
-                    bool(body.get("ignore_eos")), tuple(stop), _logprobs(body, chat), n)
+                    bool(body.get("ignore_eos")), tuple(stop), _logprobs(body, chat), n,
+                    _number(body, "temperature", 1.0) == 0)
 
 
 def _ranges(body: dict[str, Any]) -> None:
