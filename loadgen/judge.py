@@ -105,6 +105,7 @@ class Judgement(Struct, frozen=True):
     strain: float | None = None  # the target's quantile of value over limit: over 1 it is missed
     settled_s: float | None = None  # since the leg's start; None: it never did, or too few to say
     rises: float | None = None  # by which factor its second half was worse, if there is a trend
+    each_session: float = 1.0  # requests due in the window for each session that began in it
 
     @property
     def attainment(self) -> float | None:
@@ -181,7 +182,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=answer_s, balance=books,
         distress=bool(distress), open_loop=not isinstance(leg.load, Closed),
         blocks=blocks, strain=_strain(inside, criteria.target),
-        settled_s=_settled_s(window, strains), rises=rises)
+        settled_s=_settled_s(window, strains), rises=rises,
+        each_session=max(1.0, due / max(1, sum(is_due(window, r) and not r.turn for r in records))))
 
 
 def worth_of(phase: Phase, blocks: sequential.Blocks,

@@ -329,5 +329,13 @@ def _load(plan: SweepPlan, tested: Sequence[Judgement], kind: Phase,
     level = evidence.proven(tested, plan.criteria) if safe is None else safe
     if level is None:
         return None
-    return pace.open_load(pace.rps(plan, tested, level) if plan.axis == "concurrency" else level,
-                          "poisson" if kind == "poisson" else "gamma")
+    return pace.open_load(_sessions_rps(plan, tested, level), "poisson" if kind == "poisson"
+                          else "gamma")
+
+
+def _sessions_rps(plan: SweepPlan, tested: Sequence[Judgement], level: float) -> float:
+    """The rate of arrivals that makes as many requests per second as the level did."""
+    if plan.axis == "rate":
+        return level
+    each = [j.each_session for j in tested if j.value == level]
+    return pace.rps(plan, tested, level) / (sum(each) / len(each) if each else 1.0)
