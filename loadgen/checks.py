@@ -101,8 +101,18 @@ def arrivals(plan: SweepPlan, tested: Sequence[Judgement], kind: Phase,
     the level's own load."""
     if kind not in ("poisson", "burst") or level is None:
         return None
-    per_s = pace.rps_near(plan, tested, level) if plan.axis == "concurrency" else level
+    if plan.axis == "rate":
+        per_s = level
+    else:  # sessions per second that make as many requests as the level did
+        per_s = pace.rps_near(plan, tested, level) / _each_session(tested, level)
     return pace.open_load(per_s, "poisson" if kind == "poisson" else "gamma")
+
+
+def _each_session(tested: Sequence[Judgement], level: float) -> float:
+    """Requests of a session, in the mean of a level's legs, or of the nearest level's."""
+    near = min((abs(j.value - level) for j in tested), default=0.0)
+    each = [j.each_session for j in tested if abs(j.value - level) == near]
+    return sum(each) / len(each) if each else 1.0
 
 
 def _slower(plan: SweepPlan, tested: Sequence[Judgement], safe: float,

@@ -110,6 +110,7 @@ class Judgement(Struct, frozen=True):
     rises: float | None = None  # by which factor its second half was worse, if there is a trend
     crowded: bool = False  # its slots started faster than they follow one another later …
     excused: bool = False  # … and but for that it would be UNSAFE
+    each_session: float = 1.0  # requests due in the window for each session that began in it
 
     @property
     def attainment(self) -> float | None:
@@ -192,7 +193,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         distress=bool(distress), open_loop=not isinstance(leg.load, Closed),
         blocks=blocks, strain=_strain(inside, criteria.target),
         settled_s=_settled_s(window, strains), rises=rises,
-        crowded=crowded, excused=load != "UNSAFE" and upper < criteria.target)
+        crowded=crowded, excused=load != "UNSAFE" and upper < criteria.target,
+        each_session=max(1.0, due / max(1, sum(is_due(window, r) and not r.turn for r in records))))
 
 
 def _is_crowded(leg: Leg, answer_s: float | None) -> bool:

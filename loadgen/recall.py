@@ -9,7 +9,7 @@ were told, who they belong to, and what they were before they changed.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Final, Literal
 
@@ -33,7 +33,7 @@ _NUMERAL = "零一二三四五六七八九十百"
 def fault(question: Question, answer: str) -> tuple[Kind | None, str]:
     """(kind of error, what to say of it); (None, …): the answer has what was asked for."""
     said = _plain(answer)
-    right = list(_found(question, question.right, said))
+    right = _found(question, question.right, said)
     denied = [at for at in right if _is_denied(question, said, at)]
     wanted = question.right[0]
     if len(right) > len(denied):
@@ -44,10 +44,10 @@ def fault(question: Question, answer: str) -> tuple[Kind | None, str]:
         return None, f"{wanted!r}"
     if denied:
         return "logic break", f"it denies {wanted!r}: {_shown(said)}"
-    if any(_found(question, question.others, said)):
+    if _found(question, question.others, said):
         return "mixed up roles", (f"{question.others[0]!r} is the other person's, {wanted!r} was "
                                   f"asked for: {_shown(said)}")
-    if question.counts and (_has_number(said) or any(_found(question, question.before, said))):
+    if question.counts and (_has_number(said) or _found(question, question.before, said)):
         return "logic break", f"{wanted!r} is what follows: {_shown(said)}"
     if _asks_back(question, said):
         return "repeated question", f"it asks for {wanted!r}: {_shown(said)}"
@@ -64,8 +64,9 @@ def _shown(said: str) -> str:
     return repr(words if len(words) <= SHOWN else words[:SHOWN] + "…")
 
 
-def _found(question: Question, values: Sequence[str], said: str) -> Iterator[int]:
+def _found(question: Question, values: Sequence[str], said: str) -> list[int]:
     """Where one of these ways to say a value stands, as a word or number of its own."""
+    found: list[int] = []
     for value in values:
         low = re.escape(value.lower())
         if value.isdigit():
@@ -76,7 +77,8 @@ def _found(question: Question, values: Sequence[str], said: str) -> Iterator[int
         else:
             more = rf"|\s(?:{_ONES})\b" if question.counts else ""  # thirty is not thirty five
             pattern = rf"(?<![\w-]){low}(?:s|es)?(?![\w-]{more})"
-        yield from (m.start() for m in re.finditer(pattern, said))
+        found += [m.start() for m in re.finditer(pattern, said)]
+    return found
 
 
 def _is_denied(question: Question, said: str, at: int) -> bool:

@@ -119,7 +119,9 @@ def test_the_frame_holds_what_metrics_says_of_each_whole_record(tmp_path: Path, 
                 "window_tok": window_tok(r, window), "good": not why, "misses": ", ".join(why),
                 "cls": r.cls, "outcome": r.outcome.value, "error": r.error or "", "leg": leg.id,
                 "phase": leg.phase, "value": leg.value, "in_window": is_due(window, r),
-                "void": window.is_void(r.due_ns, r.end_ns)}
+                "void": window.is_void(r.due_ns, r.end_ns),
+                "visible_s": None if r.first_visible_ns is None else (
+                    r.first_visible_ns - r.due_ns) / 1e9}
             assert set(wanted) == set(row)
             for name, value in wanted.items():
                 if isinstance(value, str | bool):

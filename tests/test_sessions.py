@@ -18,9 +18,11 @@ from loadgen import openai, plan, prompts, scenario
 from loadgen.errors import ScenarioError
 from loadgen.judge import Criteria, ServerSigns, judge
 from loadgen.leg import Leg, Window
+from loadgen.ramp import SweepPlan
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario
 from loadgen.sessions import Abandon, Exponential, LognormalPause, Pause, leaves_after_s, think_s
+from loadgen.sweep import sweep
 from loadgen.virtual import VirtualExecutor
 from tests.raw_server import (
     DONE,
@@ -335,6 +337,19 @@ def test_virtual_sessions_are_the_same_for_a_seed_to_the_byte() -> None:
     of = mix(**TALK, abandon={"share": 0.3, "after": "500ms"})
     one, two = (msgspec.json.encode(ran(of, Closed(8), seconds=30.0)[1]) for _ in range(2))
     assert one == two
+
+
+def test_the_check_with_arrivals_by_chance_sends_as_many_requests_as_the_level_did() -> None:
+    """Its rate is of sessions, of which each has its turns."""
+    of = mix(turns=5, think="100ms")
+    executor = VirtualExecutor(of, config())
+    seen: list[Any] = []
+    asyncio.run(sweep(
+        SweepPlan("concurrency", (4.0, 8.0), 900.0, 3, Criteria(), can_restart=False, checks=True),
+        of, executor, lambda _, j: seen.append(j), lambda: executor.now_s))
+    by_phase = {j.phase: j for j in seen}
+    assert by_phase["soak"].each_session == pytest.approx(5, rel=0.1)
+    assert by_phase["poisson"].offered_rps == pytest.approx(by_phase["soak"].offered_rps, rel=0.25)
 
 
 def test_a_fixed_pause_makes_the_throughput_that_littles_law_foretells() -> None:

@@ -144,12 +144,12 @@ def test_a_virtual_sweep_leaves_a_run_folder_that_says_simulated(
     sampled = [(r.source, r.name, r.t_ns, str(r.labels)) for r in RunFolder(out).rows()]
     assert len(set(sampled)) == len(sampled)
     assert json.loads((out / "summary.json").read_bytes())["findings"] == []
-    again = tmp_path / "again"
+    again = tmp_path / "second"
     command("sweep", "--max-concurrency", "64", "--virtual", "--seed", "1", "--no-report",
             f"--out={again}", "--", "--gpu", "4090d")
     for name in ("records-0.jsonl", "legs.jsonl", "telemetry-server.jsonl"):
         assert (out / name).read_text().replace("run", "x") == (
-            again / name).read_text().replace("again", "x").replace("run", "x"), name
+            again / name).read_text().replace("second", "x").replace("run", "x"), name
 
 
 def faulty(*faults: str, load: Load, seconds: float = 60.0) -> tuple[
