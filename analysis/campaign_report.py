@@ -143,7 +143,8 @@ def _head(found: Matrix, said: list[str]) -> Iterator[str]:
     text = "".join(f"<p>{escape(x[0].upper() + x[1:])}</p>" for x in rest if x)
     yield (f'<section class="verdict unresolved">{mark}<h1>{escape(headline)}</h1>{text}'
            "</section>")
-    yield f'<p class="muted">{escape(SIMULATED)}</p>' if found.simulated else ""
+    if found.simulated:
+        yield f'<p class="muted" style="margin-top:14px">{escape(SIMULATED)}</p>'
 
 
 def _section(found: Matrix, t: Table, drawn: list[charts.Chart]) -> Iterator[str]:

@@ -46,8 +46,9 @@ def _deploy(matrix: Matrix) -> Iterator[str]:
         tok_s, server, load, own = best[0]
         repeats = len([m for m in ran(own) if m.done.cell.load == load])
         models = {m.server.model for m in cells if m.run is not None}
-        # which of several models is the right one, speed does not say
-        head = (f"Deploy {server}" if len(models) == 1 else f"The most output gives {server}")
+        # which of several models is the right one, speed does not say; with prices, they do
+        alone = len(models) == 1 and not matrix.of("cost")
+        head = f"Deploy {server}" if alone else f"{server} gives the most output of one server"
         said = (f"{head}, with at most {load:g} requests in flight: in “{work}” it is stable "
                 f"there, with {tok_s:,.0f} output tok/s and a mean TTFT of "
                 f"{duration(_at(own, load, 'ttft_mean_s'))} ({repeats} "

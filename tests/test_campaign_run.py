@@ -97,8 +97,9 @@ def test_a_campaign_runs_resumes_and_ends_in_a_report(
     assert "out of memory" in str(by_load.loc[8, "note"])
     assert len(table(done, "ttft").loc[["huge-fits"]]) == 1
     boundary = table(done, "utilisation").loc["mortal"]
-    assert boundary["dies at"] == boundary["largest concurrency"] + 1
-    assert boundary["dies at"] in (6, 7)  # of seven in flight six surely run at once
+    held, fatal = (float(str(boundary[x])) for x in ("largest concurrency", "dies at"))
+    assert fatal == held + 1
+    assert 6 <= fatal <= 7  # of seven in flight six surely run at once
     assert table(done, "cost").loc["mortal", "stable up to"] == 4
 
     # again: nothing is run
