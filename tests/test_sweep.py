@@ -35,10 +35,8 @@ def test_the_default_sweep_of_ten_seeds_is_never_over_the_truth_and_seldom_far_u
     assert max(levels) <= 42
     assert sorted(levels)[5] >= 30
     assert all(level >= 15 for level in levels)
-    edges = [c.unsafe if c.unsafe is not None else c.missed for c in found]
-    assert all(edge is not None and edge >= 44 for edge in edges)
-    assert not any(c.at_least for c in found)
-    assert sum(c.unsafe is not None for c in found) >= 6  # surely, and not only in short legs
+    assert all(c.unsafe is None or c.unsafe >= 44 for c in found)
+    assert sum(c.unsafe is not None for c in found) >= 8  # not every budget holds a lost level
 
 
 def test_the_default_sweep_keeps_its_four_minutes() -> None:
