@@ -176,8 +176,8 @@ def _why(m: Measured) -> str:
     if not m.run.legs or (done.outcome == "stopped"):
         return f"stopped: {_short(done.says)}"
     if m.row and m.row["n"] and m.answers.empty:
-        worst = m.sample["error"].replace("", np.nan).dropna()
-        return "no answer: " + _short(str(worst.iloc[0]) if len(worst) else m.row["outcomes"])
+        said = [x for x in m.sample["error"] if isinstance(x, str) and x]
+        return "no answer: " + _short(said[0] if said else m.row["outcomes"])
     return "measurement invalid" if m.row.get("measurement") == "INVALID" else ""
 
 

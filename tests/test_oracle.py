@@ -27,7 +27,7 @@ def test_the_default_search_is_seldom_over_the_truth_and_near_it(axis: Axis) -> 
 def test_half_an_hour_comes_nearer(axis: Axis) -> None:
     found = row_of(bernoulli(axis, range(20), 1800.0))
     assert found.over <= 0.1
-    assert found.none == 0
+    assert found.none <= 0.1  # a soak that fails late leaves no time for the next
     assert found.median >= (0.85 if axis == "concurrency" else 0.8)
 
 

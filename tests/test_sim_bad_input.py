@@ -5,6 +5,7 @@ import json
 import random
 import resource
 import socket
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ def test_bodies_of_50_mb_are_refused_in_words_and_the_memory_stays_bounded() -> 
         assert replies[0].json()["error"]["param"] == "input_tokens"
         assert rss_bytes(p.pid) < 1.5e9
         too_big = asyncio.run(ask(port, "/v1/completions", b"[" + b" " * (65 * 2**20)))
-        assert (too_big.status, too_big.json()) == (413, {"detail": "Request Entity Too Large"})
+        assert (too_big.status, too_big.json()) == (
+            413, {"detail": HTTPStatus(413).phrase})  # other Pythons have other words
         assert asyncio.run(chat(port)).status == 200
 
 
