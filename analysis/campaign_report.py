@@ -157,18 +157,29 @@ def _section(found: Matrix, t: Table, drawn: list[charts.Chart]) -> Iterator[str
 
 def _table(t: Table) -> str:
     heads, rows = shown(t)
+    notes = [""] * len(rows)
+    if heads[-1] == "note":
+        notes = ["" if _is_said(r) else r[-1] for r in rows]
+        heads, rows = heads[:-1], [r[:-1] for r in rows]
     top = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "".join(_tr(heads, r) for r in rows)
+    body = "".join(_tr(heads, r, note) for r, note in zip(rows, notes, strict=True))
     return (f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
             "</table></div>")
 
 
-def _tr(heads: list[str], row: list[str]) -> str:
-    """A row that has nothing but its note says it over the whole width."""
-    if heads[-1] == "note" and row[-1] != "–" and set(row[1:-1]) <= {"–", "not run"}:
-        return (f'<tr><td>{escape(row[0])}</td><td class="text" colspan="{len(heads) - 1}">'
-                f"{escape(row[-1])}</td></tr>")
-    return "<tr>" + "".join(_td(h, c) for h, c in zip(heads, row, strict=True)) + "</tr>"
+def _is_said(row: list[str]) -> bool:
+    """There is no note, or it is what another cell says."""
+    return row[-1] == "–" or any(c.startswith(row[-1].removesuffix(" met the SLO"))
+                                 for c in row[1:-1])
+
+
+def _tr(heads: list[str], row: list[str], note: str) -> str:
+    """A row; its note stands below, over the whole width, or in the place of what is not there."""
+    wide = f'<td class="text" colspan="{len(heads) - 1}">{escape(note)}</td></tr>'
+    if note and set(row[1:]) <= {"–", "not run"}:
+        return f"<tr><td>{escape(row[0])}</td>{wide}"
+    cells = "".join(_td(h, c) for h, c in zip(heads, row, strict=True))
+    return f"<tr>{cells}</tr>" + (f'<tr class="muted"><td></td>{wide}' if note else "")
 
 
 def _td(head: str, cell: str) -> str:
