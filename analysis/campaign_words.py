@@ -124,4 +124,4 @@ def _fastest(matrix: Matrix) -> Iterator[str]:
 def _refused(matrix: Matrix) -> Iterator[str]:
     for server, own in by_server(matrix.cells):
         if any(m.done.outcome in ("does not fit", "not started") for m in own):
-            yield f"{server}: {why_not(own).rstrip(".")}."
+            yield f"{server}: {why_not(own).rstrip('.')}."
