@@ -15,7 +15,7 @@ from msgspec import structs
 
 from analysis import ci, frame, summary, words
 from analysis.frame import Run
-from loadgen import cli
+from loadgen import cli, measure
 from tests import synthetic
 from tests.synthetic import Kind
 
@@ -61,7 +61,7 @@ def test_each_load_is_a_testcase_and_the_verdict_goes_as_the_exit_code(
         tmp_path / "run", *((2.0**i, kind) for i, kind in enumerate(kinds))))
     *legs, verdict = results(suite_of(run)).values()
     assert legs == said
-    assert verdict == RESULTS[cli._exit_code(run, None)]
+    assert verdict == RESULTS[measure.exit_code(run, None)]
 
 
 def test_a_search_that_found_its_level_fails_nothing_though_levels_beyond_are_unsafe(
@@ -79,7 +79,7 @@ def test_a_search_without_a_safe_level_fails(tmp_path: Path) -> None:
     assert results(suite_of(run)) == {"ladder-1-r0": "failure", "verdict": "failure"}
     empty = frame.load(synthetic.write(tmp_path / "empty", levels=(), confirm=None))
     assert results(suite_of(empty)) == {"verdict": "error"}
-    assert cli._exit_code(empty, None) == cli.INVALID
+    assert measure.exit_code(empty, None) == cli.INVALID
 
 
 def test_counts_times_and_numbers_are_those_of_the_run(tmp_path: Path) -> None:

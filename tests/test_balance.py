@@ -8,7 +8,7 @@ import pytest
 
 from analysis import frame, knee, report, steps, summary, words
 from analysis.frame import Run
-from loadgen import balance, cli
+from loadgen import balance, cli, measure
 from loadgen.leg import Health, Leg, Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Open, PerSecond, Trace
@@ -199,7 +199,7 @@ def test_a_server_that_others_load_as_well_gives_no_verdict_and_says_why(tmp_pat
     assert (said.load, said.measurement) == ("UNRESOLVED", "INVALID")
     assert "somebody else loaded the server" in said.headline
     assert "generator" not in said.headline
-    assert cli._exit_code(run, None) == cli.INVALID
+    assert measure.exit_code(run, None) == cli.INVALID
     assert summary.summarise(run)["steps"][0]["server_requests_ratio"] == pytest.approx(97 / 80)
 
 
@@ -228,7 +228,7 @@ def test_an_invalid_confirmation_proves_nothing_and_is_exit_3(tmp_path: Path) ->
     assert run.conclusion.safe == 32
     bad = spoiled(run, "confirm", 32)
     assert bad.conclusion.safe is None
-    assert cli._exit_code(bad, None) == cli.INVALID
+    assert measure.exit_code(bad, None) == cli.INVALID
 
 
 def test_an_invalid_level_makes_none_unsafe(tmp_path: Path) -> None:

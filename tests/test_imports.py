@@ -94,8 +94,10 @@ ALLOWED = {
     "campaign": "errors scenario",
     "cells": "campaign errors scenario store target",
     "options": "dial errors scenario sources target traces",
-    "cli": "options calibration campaign cells datasets doctor errors evidence exits judge leg "
-           "ramp resume runner scenario store target terminal view",
+    "measure": "calibration datasets errors evidence exits judge options resume runner scenario "
+               "store terminal view",
+    "cli": "calibration campaign cells doctor errors judge leg measure options ramp runner "
+           "scenario target terminal",
     "validate": "code dialogue expect openai recall repeats schema",
 }
 FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
@@ -104,8 +106,8 @@ ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "l
                 "terminal", "unit", "campaign", "cells", "answers", "openai",
                 "outputs"}
 SERVERS_MAY = {"errors", "target"}
-COMPOSERS = {"loadgen.cli", "loadgen.options", "loadgen.runner", "loadgen.selftest",
-             "loadgen.virtual",
+COMPOSERS = {"loadgen.cli", "loadgen.measure", "loadgen.options", "loadgen.runner",
+             "loadgen.selftest", "loadgen.virtual",
              "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
