@@ -55,6 +55,20 @@ def test_a_sweep_whose_level_32_kills_the_engine_is_safe_below_it(tmp_path: Path
     assert any(r.leg == "ladder-32-r0" for r in kept(tmp_path / "r"))
 
 
+def test_a_server_whose_cache_is_full_is_degraded_and_serves_on(tmp_path: Path) -> None:
+    said = loadgen("run", "mixed", "--concurrency", "32", "--duration", "6s", "--slo",
+                   "ttft=20s,tpot=2s", "--out", "r", "--no-report", *FAST,
+                   "--gpu-memory-utilization", "0.66", "--max-model-len", "4096", cwd=tmp_path,
+                   timeout=100)
+    assert said.code != cli.DIED, said.all
+    seen = [x for x, _ in itertools.groupby(states(tmp_path / "r"))]
+    assert (seen[:2], seen[-1]) == (["STARTING", "READY"], "STOPPED")
+    assert "DEGRADED" in seen
+    why = next(x["why"] for x in summary(tmp_path / "r")["server"]["states"]
+               if x["state"] == "DEGRADED")
+    assert "preemptions in" in why or "KV cache" in why
+
+
 def test_a_server_that_must_not_be_restarted_is_not(tmp_path: Path) -> None:
     said = loadgen("sweep", "smoke", "--max-concurrency", "4", "--levels", "2,4", "--budget",
                    "60s", "--out", "r", "--no-report", "--no-restart", *FAST, "--fault", "oom@4",

@@ -61,6 +61,17 @@ def test_what_befalls_an_engine_under_load_is_named(
     assert processes_in(tmp_path) == {}
 
 
+def test_a_cache_that_is_full_degrades_a_vllm_that_serves_on(model: Path, tmp_path: Path) -> None:
+    said = real.loadgen(
+        "run", str(TINY / "tiny.toml"), "--concurrency", "24", "--num-prompts", "300", "--out", "r",
+        "--no-report", *launched(model, "--num-gpu-blocks-override", "8", "--max-model-len",
+                                 "512"), cwd=tmp_path, env=ENV)
+    assert said.code != cli.DIED, said.all
+    told = [x for x in summary(tmp_path / "r")["server"]["states"] if x["state"] == "DEGRADED"]
+    assert told, said.all
+    assert "KV cache" in told[0]["why"] or "preemptions" in told[0]["why"]
+
+
 def test_a_folder_without_a_model_is_a_failed_start(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     said = real.loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
