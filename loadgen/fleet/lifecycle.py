@@ -16,6 +16,7 @@ from typing import Any
 
 import gevent
 import gevent.event
+from locust import stats
 from locust.env import Environment
 from locust.runners import STATE_STOPPED, LocalRunner
 
@@ -237,6 +238,9 @@ class Lifecycle:
             self.report.join()
         self.discard()
         self._stop_own()
+        if getattr(self.environment.parsed_options, "csv_prefix", None):
+            # Locust ends without a last look at its tables, and its CSV files would lack a second
+            gevent.sleep(stats.CSV_STATS_INTERVAL_SEC + 0.1)
 
     def _stop_own(self) -> None:
         if self._own is not None:
