@@ -30,8 +30,7 @@ LOOKAHEAD = 64  # bodies built ahead
 ARM_NS = 50_000_000  # an open loop's start is set so long before it is due …
 WAKE_UP_NS = 30_000_000  # before the clock starts
 BEHIND_NS = 2_000_000_000  # a plan that is further behind at the window's end is given up
-REFUSED_PAUSE_NS = 100_000_000  # before a slot tries again what was refused at once: by this …
-_REFUSED = (Outcome.DROPPED, Outcome.CONNECT_FAILED)  # … host, or by one where nobody listens
+DROP_PAUSE_NS = 100_000_000  # before a slot tries again what this host has no room for
 OPEN_AHEAD_S = 0.25  # an open loop begins with connections for answers of this length
 ARM_TOGETHER_NS = 10_000_000  # … or a little sooner, with those before it: waking up costs
 
@@ -173,7 +172,7 @@ class LegRun:
                 if not await self._wait_until(due_ns):
                     return
                 record, goes_on = await self._send(talk, due_ns)
-                free_ns = now_ns() + (REFUSED_PAUSE_NS if record.outcome in _REFUSED else 0)
+                free_ns = now_ns() + (DROP_PAUSE_NS if record.outcome is Outcome.DROPPED else 0)
                 due_ns = (talk.due_ns(record.end_ns, free_ns) if goes_on
                           else max(free_ns, record.end_ns + talk.rest_ns))
 
