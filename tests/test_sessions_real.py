@@ -189,7 +189,7 @@ def test_a_proxy_that_limits_each_client_is_told_apart_from_failures(tmp_path: P
     said = loadgen("run", "smoke", "--rate", "10", "--duration", "6s", "--out", "r", "--",
                    "--fault", "throttle@2", cwd=tmp_path)
     seen = outcomes(tmp_path / "r")
-    assert set(seen) == {Outcome.OK, Outcome.THROTTLED}
+    assert set(seen) - {Outcome.CANCELLED} == {Outcome.OK, Outcome.THROTTLED}
     assert seen[Outcome.THROTTLED] > seen[Outcome.OK]
     judged: Any = summary(tmp_path / "r")
     [row] = judged["throttled"]
