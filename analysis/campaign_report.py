@@ -139,6 +139,8 @@ def _head(found: Matrix, said: list[str]) -> Iterator[str]:
     yield f'<p class="about">{escape(" · ".join(x for x in about if x))}</p>'
     mark = '<span class="badge note">SIMULATED SERVERS</span>' if found.simulated else ""
     headline, _, reason = said[0].partition(": ")
+    if reason.startswith(("SAFE", "UNSAFE", "UNRESOLVED")):
+        headline, reason = "What each server can take", said[0]
     rest = [reason, *said[1:2], *(said[-1:] if found.simulated and len(said) > 2 else [])]
     text = "".join(f"<p>{escape(x[0].upper() + x[1:])}</p>" for x in rest if x)
     yield (f'<section class="verdict unresolved">{mark}<h1>{escape(headline)}</h1>{text}'
