@@ -19,6 +19,7 @@ stamps of another boot of the host to the first one's clock.
 
 import fcntl
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,6 +173,7 @@ class Journal:
         self._torn = False  # the last line was written in part
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._close = weakref.finalize(self, os.close, self._fd)
             if not _ends_whole(path):  # a crash tore the last line: do not write on its tail
                 os.write(self._fd, b"\n")
         except OSError as e:
@@ -191,7 +193,8 @@ class Journal:
                              "(disk full?); records so far are kept")
 
     def close(self) -> None:
-        os.close(self._fd)
+        """One that nobody holds any more is closed, too."""
+        self._close()
 
 
 def _ends_whole(path: Path) -> bool:
