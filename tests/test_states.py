@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def test_a_server_that_hangs_is_known_by_the_silence_on_all_streams(tmp_path: Pa
     said = loadgen("run", "smoke", "--concurrency", "4", "--duration", "60s", "--out", "r",
                    "--no-report", "--", "--fault", "hang@4", cwd=tmp_path, timeout=100)
     assert said.code == cli.DIED, said.all
-    assert "HUNG: no token on any of 4 streams for 10 s" in said.out, said.out
+    assert re.search(r"HUNG: no token on any of 4 streams for 1\d s", said.out), said.out
     assert "/health says 200" in said.out
     assert endings(tmp_path / "r") == ["server_died"]
     assert states(tmp_path / "r")[-1] == "HUNG"
