@@ -113,11 +113,14 @@ class View:
                  else "draining" if now.leg.measure_s and now.elapsed_s > total_s
                  else "warm-up" if now.elapsed_s < now.leg.warmup_s else "measuring")
         good = f"{now.good}/{now.sampled} good" if now.sampled else f"{now.done} done"
+        here, whole, of = now.elapsed_s, total_s, f"/{total_s:.0f}"
+        if now.leg.num_sessions is not None:  # a number of requests takes as long as it takes
+            here, whole, of = float(now.done), float(now.leg.num_sessions), ""
         line = Table.grid(padding=(0, 2, 0, 0))
         line.add_row(
             Text(f"{now.leg.value:g} {now.leg.phase}", style="bold"),
-            ProgressBar(total=max(total_s, 0.1), completed=min(now.elapsed_s, total_s), width=24),
-            Text(f"{now.elapsed_s:.0f}/{total_s:.0f} s"), Text(state, style="cyan"),
+            ProgressBar(total=max(whole, 0.1), completed=min(here, whole), width=24),
+            Text(f"{now.elapsed_s:.0f}{of} s"), Text(state, style="cyan"),
             Text(f"{now.inflight} in flight"), Text(good), Text(self._left(), style="dim"))
         return line
 
