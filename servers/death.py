@@ -47,12 +47,14 @@ def plain(line: str) -> str:
 def cause(log: Sequence[str]) -> str | None:
     """The line that names what the server died of; None if the log does not say. `log`: lines
     since its start: after an engine's death each request in flight adds forty more."""
-    lines = [plain(x) for x in log]
+    lines, ended = [plain(x) for x in log], None
     for at, line in enumerate(lines):
         if _FATAL.search(line):
             killed = re.search(r"exit code: -\d", line)
             if found := line if killed else _exception_after(lines, at):
                 return found[:LONGEST]
+            if ended is None and "exit code: None" in line:
+                ended = line[:LONGEST]  # asked for before the kernel had it: it may be a signal's
     for at in reversed([i for i, x in enumerate(log) if x.startswith("Traceback (")]):
         if found := _exception_after(lines, at):
             return found[:LONGEST]
@@ -60,7 +62,7 @@ def cause(log: Sequence[str]) -> str | None:
     if told:
         return told[-1][:LONGEST]
     if any("EngineDeadError: " in x for x in lines):  # one that raises anything says so
-        return SILENT
+        return ended or SILENT
     return _likely(log)
 
 

@@ -52,6 +52,17 @@ def test_an_engine_that_was_killed_says_nothing_and_that_is_said() -> None:
     assert "shutdown triggered" in (death.cause([*log, told]) or "")  # a SIGTERM
 
 
+def test_a_worker_that_was_asked_for_its_exit_code_before_the_kernel_had_it_is_named() -> None:
+    """The pipe that tells of its end closes before it can be waited for: on a busy host vLLM then
+    says None, and not -9."""
+    log = [x.replace("exit code: -9", "exit code: None") for x in lines("worker_killed.log")]
+    said = death.cause(log)
+    assert said is not None
+    assert said.startswith("Worker proc VllmWorker-0 died unexpectedly (exit code: None)")
+    why = f"its process exited with code 0; log: {said}"
+    assert health.death(why, ready=True).state == "KILLED"
+
+
 def test_a_server_that_runs_died_of_nothing() -> None:
     assert death.cause(lines("alive.log")) is None
     assert death.cause([]) is None
