@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import msgspec
 from msgspec import Struct
 
 from loadgen import metrics, sequential, soaks
@@ -30,8 +31,10 @@ CHECKS: tuple[Phase, ...] = ("reference", "soak", "poisson", "burst", "overload"
 LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
 STRAIN_N = 3  # requests below which their quantile does not guide a search
 SPREAD_CLOSED, SPREAD_OPEN = 0.015, 0.17
+SPREAD_EVENED = 0.13  # … of open legs whose work is known (`evened`)
+WORK = 0.6  # a leg of w times the prompt tokens comes w**WORK as near its limits: on the simulator
 SPREAD_LEGS = 3.0
-MARGIN_OPEN = 1.25  # docs/method.md: with 1.0 one rate in nine was over the truth
+MARGIN_OPEN = 1.4  # docs/method.md: with 1.0 one rate in nine was over the truth
 MARGIN = 1.0  # standard deviations: by trial on the simulator, 5 % of answers over the truth
 DRIFT = 1.15  # medians of two legs of a level: replicates are within 1.05 of each other
 DRIFT_TTFT = 1.5  # those of TTFT hang on who comes together
@@ -97,7 +100,24 @@ class Conclusion(Struct, frozen=True):
 
 
 def usable(judged: Sequence[Judgement]) -> list[Judgement]:
-    return [j for j in judged if j.measurement != "INVALID" or j.died]
+    """What counts, with `strain` as it would be if no leg had been lucky in what came."""
+    return evened([j for j in judged if j.measurement != "INVALID" or j.died])
+
+
+def evened(legs: Sequence[Judgement]) -> list[Judgement]:
+    """Half a minute of Poisson arrivals holds a tenth more or fewer requests than its rate says,
+    and of a mix's long prompts a quarter. How near a leg came to its limits hangs on that, and its
+    rate does not; so it is brought to what its rate stands for, by the mean of all open legs."""
+    told = [j for j in legs if _tells_work(j)]
+    n = sum(j.n for j in told)
+    each_tok = sum(j.prompt_tok for j in told) / n if n else 0.0
+    return [msgspec.structs.replace(j, strain=j.strain * (
+        j.value * j.window_s * each_tok / j.prompt_tok) ** WORK)
+            if j.strain and _tells_work(j) else j for j in legs]
+
+
+def _tells_work(j: Judgement) -> bool:
+    return j.open_loop and j.phase in OF_LEVEL and j.prompt_tok > 0 and not j.cut
 
 
 def pooled(judged: Sequence[Judgement], level: float, criteria: Criteria) -> Pooled | None:
@@ -139,7 +159,9 @@ def has_margin(legs: Sequence[Judgement], in_the_end: bool = False) -> bool:
         return True  # failed requests are more than the target allows: the share itself says so
     r = len(told)
     mean = sum(x for x, _ in told) / r
-    spread = SPREAD_OPEN if told[0][1] else SPREAD_CLOSED
+    spread = SPREAD_CLOSED
+    if told[0][1]:
+        spread = SPREAD_EVENED if all(j.prompt_tok for j in legs) else SPREAD_OPEN
     variance = (SPREAD_LEGS * spread**2 + sum((x - mean) ** 2 for x, _ in told)) / (
         SPREAD_LEGS + r - 1)
     margin = MARGIN_OPEN if told[0][1] else MARGIN
@@ -248,8 +270,11 @@ def strain(judged: Sequence[Judgement], level: float) -> float | None:
 def crossing(judged: Sequence[Judgement], high: float, aim: float) -> float | None:
     """At which load, up to `high`, the limits come so near; read off between two levels, on
     logarithms. None: no two levels tell."""
-    seen = [(x, s) for x in levels_of(judged) if x <= high
-            and (s := strain(judged, x)) is not None and 0 < s < math.inf]
+    told = [(x, s, n) for x in levels_of(judged) if x <= high
+            and (s := strain(judged, x)) is not None and 0 < s < math.inf
+            and (n := sum(j.n for j in judged if j.value == x and j.phase in OF_LEVEL))]
+    seen = [(x, s) for i, (x, s, n) in enumerate(told)  # not of few requests, one of them unlucky,
+            if not any(t < s and m >= n for _, t, m in told[i + 1:])]  # where more did better above
     for (a, low), (b, over) in itertools.pairwise(seen):
         if over > aim:
             if low >= aim:

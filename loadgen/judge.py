@@ -111,6 +111,7 @@ class Judgement(Struct, frozen=True):
     crowded: bool = False  # its slots started faster than they follow one another later …
     excused: bool = False  # … and but for that it would be UNSAFE
     each_session: float = 1.0  # requests due in the window for each session that began in it
+    prompt_tok: int = 0  # of the requests that were due in the window
 
     @property
     def attainment(self) -> float | None:
@@ -194,7 +195,8 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         blocks=blocks, strain=_strain(inside, criteria.target),
         settled_s=_settled_s(window, strains), rises=rises,
         crowded=crowded, excused=load != "UNSAFE" and upper < criteria.target,
-        each_session=max(1.0, due / max(1, sum(is_due(window, r) and not r.turn for r in records))))
+        each_session=max(1.0, due / max(1, sum(is_due(window, r) and not r.turn for r in records))),
+        prompt_tok=sum(r.want_prompt_tok or r.prompt_tok or 0 for r in sample))
 
 
 def _is_crowded(leg: Leg, answer_s: float | None) -> bool:

@@ -76,3 +76,34 @@ def test_what_was_not_tried_is_named() -> None:
     soaked = concluded(*legs, leg(8, "soak", n=600))
     assert "soak" not in soaked.not_tried
     assert [(c.kind, c.load) for c in soaked.checks] == [("soak", "SAFE")]
+
+
+def test_one_unlucky_request_of_few_does_not_send_the_search_below_where_more_did_well() -> None:
+    """A search whose answers take long: 11 of 12 at 8, 23 of 24 at 16, all of 46 at 32."""
+    legs = [leg(4, "ladder", n=8, strain=0.3), leg(8, "ladder", 11 / 12, n=12, strain=1.3),
+            leg(16, "ladder", 23 / 24, n=24, strain=0.8), leg(32, "ladder", n=46, strain=0.7),
+            leg(64, "ladder", 0.4, n=80, strain=2.0)]
+    found = evidence.crossing(legs, 64, 0.89)
+    assert found is not None
+    assert 32 < found < 45
+    more = msgspec.structs.replace(legs[1], n=200, good=184)  # so many do tell
+    found = evidence.crossing([legs[0], more, *legs[2:]], 64, 0.89)
+    assert found is not None
+    assert 4 < found < 8
+
+
+def test_an_open_leg_that_got_less_than_its_rate_says_is_not_taken_for_a_fast_one() -> None:
+    def one(i: int, strain: float, share: float) -> Judgement:
+        tok = round(8 * 20 * 600 * share)
+        return leg(8, "confirm", replicate=i, n=round(160 * share), strain=strain, open_loop=True,
+                   prompt_tok=tok, window_s=20.0)
+
+    light, heavy = one(0, 0.7, 0.75), one(1, 0.9, 1.25)
+    mean = [one(i, 0.8, 1.0) for i in range(4)]
+    a, b, *_ = evidence.evened([light, heavy, *mean])
+    assert a.strain is not None
+    assert b.strain is not None
+    assert 0.8 < a.strain < 0.9 > b.strain > 0.75
+    closed = msgspec.structs.replace(light, open_loop=False)
+    assert evidence.evened([closed, *mean])[0] == closed
+    assert evidence.evened([leg(8, "confirm", strain=0.7, open_loop=True)])[0].strain == 0.7

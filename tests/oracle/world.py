@@ -42,6 +42,7 @@ class World:
     clump_s: float = 10.0
     target: float = 0.95
     tells: bool = True  # how near requests came to their limits
+    first_s: float = FIRST_S
 
     def attainment(self, load: float) -> float:
         """A(c)."""
@@ -57,7 +58,7 @@ class World:
 
     def answer_s(self, load: float) -> float:
         """Twice as long at c* as on the idle server."""
-        return FIRST_S * (1 + load / self.safe)
+        return self.first_s * (1 + load / self.safe)
 
     def requests(self, load: float, u: float, v: float, n: int,
                  rng: random.Random) -> list[float]:
@@ -67,12 +68,12 @@ class World:
 
 
 def draw(rng: random.Random, axis: Axis, run_sd: float, clump_sd: float,
-         target: float = 0.95) -> World:
+         target: float = 0.95, first_s: float = FIRST_S) -> World:
     """A world at random: where the edge lies (3 to 16 answers per second in the closed loop, 2 to
     12 in the open one) and how steep it is."""
     safe = math.exp(rng.uniform(math.log(16), math.log(96)))
     return World(axis, safe if axis == "concurrency" else safe / 8, rng.choice(SLOPES), run_sd,
-                 clump_sd, target=target)
+                 clump_sd, target=target, first_s=first_s)
 
 
 class Bench:
