@@ -19,6 +19,7 @@ from servers.sim.log import log, log_start_failed, log_start_oom
 from servers.sim.scripts import AUTO_CALL_SHARE, Habits
 
 GPU, MODEL = "4090d", "qwen2.5-7b"
+ENDINGS = {"awq": "-awq", "gptq": "-gptq-int4"}  # of the names of models that are quantised so
 PR_SET_PDEATHSIG = 1
 LATE_SHARE = 0.01  # of the steps late: then the log says that the schedule was not kept
 
@@ -101,6 +102,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--gpu-memory-utilization", type=_number(float, 0.01, 1), default=0.92)
     p.add_argument("--dtype", choices=("auto", "half", "float16", "bfloat16"), default="auto",
                    help="all of two bytes: here they are one")
+    p.add_argument("--quantization", "-q", choices=tuple(costs.QUANTIZATIONS),
+                   help="4-bit weights; default: as the model's name ends (…-AWQ, …-GPTQ-Int4)")
     p.add_argument("--max-model-len", type=_number(int, 1, 10**7))
     p.add_argument("--max-num-seqs", type=_number(int, 1, 10**5))
     p.add_argument("--max-num-batched-tokens", type=_number(int, 1, 10**6))
@@ -142,7 +145,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def engine_config(options: argparse.Namespace) -> EngineConfig:
     """Raises DoesNotFit; ValueError for sizes that vLLM refuses."""
     machine = costs.Machine(costs.GPUS[_key(options.gpu)], costs.MODELS[_key(options.model)],
-                            options.tensor_parallel_size)
+                            options.tensor_parallel_size,
+                            quantization=_quantization(options.model, options.quantization))
     if options.profile:
         machine = replace(machine, constants=options.profile.constants)
     batched_tok, seqs = costs.batch_defaults(machine.gpu)
@@ -156,9 +160,23 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
                         options.stream_interval)
 
 
+def _quantization(model: str, asked: str | None) -> profiles.Quantization | None:
+    """Raises ValueError."""
+    name = model.lower()
+    own = next((q for q, end in ENDINGS.items() if name.endswith(end)), None)
+    if own and asked and own != asked:
+        raise ValueError(f"Quantization method specified in the model config ({own}) does not match "
+                         f"the quantization method specified in the `quantization` argument "
+                         f"({asked}).")
+    found = asked or own
+    return None if found is None else costs.QUANTIZATIONS[found]
+
+
 def _key(name: str) -> str:
-    """`Qwen/Qwen2.5-7B-Instruct` or `RTX-4090D` as the tables have it."""
+    """`Qwen/Qwen2.5-7B-Instruct-AWQ` or `RTX-4090D` as the tables have it."""
     key = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    for end in ENDINGS.values():
+        key = key.removesuffix(end)
     key = key.removesuffix("-instruct").removesuffix("-chat")
     return key.removeprefix("rtx").lstrip("-_ ")
 

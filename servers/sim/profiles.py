@@ -48,6 +48,32 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """Weights of the linear layers in few bits, as AWQ and GPTQ files have them."""
+
+    bits: int
+    group: int  # weights that share a 16-bit scale and a zero point
+    bandwidth_frac: float  # of what 16-bit kernels reach
+    mfu_frac: float  # the same of arithmetic
+    generate_layer_s: float  # in place of Generate.layer_s
+    source: str
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of one weight, with its part of scale and zero point."""
+        return (self.bits + (16 + self.bits) / self.group) / 8
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """What a token costs in Hugging Face's `generate` besides the GPU's work."""
+
+    layer_s: float
+    kv_moves: float  # of all of a sequence's KV, per token
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Constants:
     """What no data sheet says. `mfu` None: the card's own."""
 
@@ -76,6 +102,8 @@ class Profile:
 
 _HARDWARE = tomllib.loads(Path(__file__).with_name("hardware.toml").read_text(encoding="utf-8"))
 CONSTANTS = Constants(**_HARDWARE["constants"])
+GENERATE = Generate(**_HARDWARE["generate"])
+QUANTIZATIONS = {key: Quantization(**entry) for key, entry in _HARDWARE["quantizations"].items()}
 GPUS = {key: Gpu(**entry) for key, entry in _HARDWARE["gpus"].items()}
 MODELS = {key: Model(**entry) for key, entry in _HARDWARE["models"].items()}
 
