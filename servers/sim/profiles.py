@@ -51,6 +51,7 @@ class Model:
 class Quantization:
     """Weights of the linear layers in few bits, as AWQ and GPTQ files have them."""
 
+    name: str
     bits: int
     group: int  # weights that share a 16-bit scale and a zero point
     bandwidth_frac: float  # of what 16-bit kernels reach
