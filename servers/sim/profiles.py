@@ -69,7 +69,8 @@ class Quantization:
 class Generate:
     """What a token costs in Hugging Face's `generate` besides the GPU's work."""
 
-    layer_s: float
+    layer_s: float  # of the host
+    gpu_layer_s: float  # besides weights, KV and arithmetic
     kv_moves: float  # of all of a sequence's KV, per token
     source: str
 

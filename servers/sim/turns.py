@@ -54,8 +54,8 @@ class Turns(Engine):
         super().__init__(config)
         machine, own = config.machine, config.machine.quantization
         self._alone = replace(machine, tp=1, constants=replace(
-            machine.constants, host_step_s=0.0, host_layer_s=0.0, host_seq_s=0.0, loop_step_s=0.0,
-            loop_seq_s=0.0))  # the GPU's part, and nothing of vLLM's host
+            machine.constants, host_step_s=0.0, host_seq_s=0.0, loop_step_s=0.0,
+            loop_seq_s=0.0, host_layer_s=GENERATE.gpu_layer_s))  # the GPU's part alone
         self._time = StepTime(self._alone)
         self._host_s = machine.model.layers * (own.generate_layer_s if own else GENERATE.layer_s)
         self._tok_bytes = self._alone.kv_bytes_per_tok / machine.tp
