@@ -20,6 +20,7 @@ from servers.sim.engine import EngineConfig
 from servers.sim.faults import IN_VIRTUAL_TIME, Fault
 
 DEFAULT_MODEL = "qwen2.5-7b"
+NAMES = {"vllm": "vLLM", "transformers": "Transformers"}
 
 
 def _check(options: Sequence[str]) -> argparse.Namespace:
@@ -115,7 +116,8 @@ class VirtualSim:
         try:
             self.config: EngineConfig = engine_config(asked)
         except (DoesNotFit, ValueError) as e:
-            raise ServerError(f"the simulated {asked.backend} refuses to start: {e}") from None
+            who = NAMES[asked.backend]
+            raise ServerError(f"the simulated {who} refuses to start: {e}") from None
         names = asked.served_model_name or [asked.model]
         self.target = Target("virtual://simulator", names[0])
 
