@@ -21,6 +21,7 @@ from servers.sim.engine import Engine, EngineConfig, Request, Step
 from servers.sim.launch import VirtualSim
 from servers.sim.turns import Turns, engine_of
 from servers.transformers import APP
+from tests.benchmarks.sim_against_published import ROWS, Published, simulated
 from tests.test_sim_app import Reply, ask, chat, run
 
 TRANSFORMERS = ("--backend", "transformers")
@@ -66,27 +67,11 @@ def test_a_turn_begins_where_the_one_before_was_anothers_and_pauses_that_one() -
         ([0], []), ([1], [0]), ([0], [1]), ([1], []), ([], [])]
 
 
-@pytest.mark.parametrize(("model", "quantization", "tok_s"), [
-    ("qwen2.5-0.5b", "", 47.40), ("qwen2.5-1.5b", "", 39.68), ("qwen2.5-7b", "", 40.38),
-    ("qwen2.5-14b", "", 24.74), ("qwen2.5-7b", "gptq", 43.10), ("qwen2.5-7b", "awq", 32.03),
-    ("qwen2.5-14b", "awq", 19.23)])
-def test_a_token_takes_as_long_as_was_published(model: str, quantization: str,
-                                                tok_s: float) -> None:
-    engine = engine_of(config("--gpu", "a100-80", "--model", model, *TRANSFORMERS,
-                              *(["-q", quantization] if quantization else [])))
-    engine.submit(request(0, 1, 2048))
-    took_s = steps_of(engine)[-1].end_s
-    assert 2048 / took_s == pytest.approx(tok_s, rel=0.06)
-
-
-@pytest.mark.parametrize(("model", "prompt_tok", "tok_s"), [
-    ("qwen2.5-7b", 6144, 38.76), ("qwen2.5-7b", 14336, 29.78), ("qwen2.5-7b", 30720, 18.83),
-    ("qwen2.5-14b", 14336, 13.92), ("qwen2.5-14b", 30720, 8.20)])
-def test_a_long_context_makes_tokens_as_slow_as_was_published(model: str, prompt_tok: int,
-                                                              tok_s: float) -> None:
-    engine = engine_of(config("--gpu", "a100-80", "--model", model, *TRANSFORMERS))
-    engine.submit(request(0, prompt_tok, 2048))
-    assert 2048 / steps_of(engine)[-1].end_s == pytest.approx(tok_s, rel=0.15)
+@pytest.mark.parametrize("row", [r for r in ROWS if r.backend == "transformers"])
+def test_speed_and_memory_are_those_that_were_published(row: Published) -> None:
+    tok_s, gib = simulated(row)
+    assert tok_s == pytest.approx(row.tok_s, rel=0.06 if row.prompt_tok == 1 else 0.15)
+    assert gib == pytest.approx(row.gib, rel=0.04)
 
 
 def test_vllm_is_not_much_quicker_alone_and_much_quicker_at_eight() -> None:
@@ -115,16 +100,15 @@ def test_more_gpus_bring_memory_and_no_speed() -> None:
 # --------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize(("prompt_tok", "gib"), [(1, 14.38), (6144, 15.38), (14336, 16.91),
-                                                 (30720, 19.97)])
-def test_memory_grows_with_prompt_and_answer_as_was_published(prompt_tok: int, gib: float) -> None:
-    """What PyTorch had taken after 2,048 tokens more."""
-    engine = engine_of(config("--gpu", "a100-80", *TRANSFORMERS, "--max-model-len", "40000"))
+def test_memory_after_load_is_that_of_the_weights_and_grows_with_what_lives() -> None:
+    engine = engine_of(config("--gpu", "4090d", *TRANSFORMERS))
     loaded = engine.used_gib(0.9)
-    engine.submit(request(0, prompt_tok, 2048))
-    steps_of(engine)
-    assert engine.used_gib(0.9) - CONTEXT_GIB - DRIVER_GIB == pytest.approx(gib, rel=0.03)
     assert loaded == pytest.approx(14.29 + CONTEXT_GIB + DRIVER_GIB, abs=0.01)
+    for i in range(4):
+        engine.submit(request(i, 1000, 1000))
+    steps_of(engine)
+    kv_gib = 4 * 2000 * engine.config.machine.kv_bytes_per_tok / 2**30
+    assert engine.used_gib(0.9) - loaded == pytest.approx(kv_gib, rel=0.02)
 
 
 def test_who_finds_no_memory_fails_in_pytorchs_words_and_the_others_go_on() -> None:
