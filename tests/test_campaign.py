@@ -1,6 +1,7 @@
 """Campaigns: servers × workloads × repeats. What is complete is not run again, what differs is not
 mixed in, and a server that does not fit, or dies, is a result."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from loadgen.cells import Done, Kept
 from loadgen.errors import ScenarioError, ServerError, StoreError
 from loadgen.store import RunFolder
 from loadgen.target import Target
+from servers.sim.__main__ import engine_config, parse
+from servers.sim.costs import DoesNotFit
 from servers.sim.profiles import QUANTIZATIONS
 from tests import synthetic
 
+SHIPPED = Path(__file__).parent.parent / "scenarios" / "campaigns"
 TWO = """
 name = "two"
 simulate = true
@@ -317,6 +321,19 @@ def test_four_bits_and_transformers_are_options_of_the_simulator(tmp_path: Path)
         real = msgspec.structs.replace(planned, simulate=False)
         assert "--backend=transformers" not in campaign.server_options(real, b)
     assert set(campaign.SIMULATED) == set(QUANTIZATIONS)
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.stem)
+def test_each_row_of_a_shipped_campaign_is_simulated(file: Path) -> None:
+    planned = campaign.load(file)
+    assert planned.simulate
+    for s in planned.servers:
+        assert campaign.not_simulated(planned, s) is None
+        asked = parse(campaign.server_options(planned, s))
+        assert asked.backend == ("transformers" if s.kind == "transformers" else "vllm")
+        with contextlib.suppress(DoesNotFit):
+            found = engine_config(asked).machine.quantization
+            assert (found.name if found else None) == s.quantization
 
 
 # ------------------------------------------------------------------------------- the exit code

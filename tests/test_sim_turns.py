@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.benchmarks.sim_against_published import ROWS, Published, simulated
 from tests.test_sim_app import Reply, ask, chat, run
 
 TRANSFORMERS = ("--backend", "transformers")
+LINES = Path(__file__).parent.parent / "scenarios" / "campaigns" / "tasks" / "lines.toml"
 BAICHUAN = ("--gpu", "4090d", "--model", "baichuan2-7b", *TRANSFORMERS)  # 512 KiB of KV per token
 
 
@@ -180,7 +182,7 @@ def test_vllms_limits_are_refused(option: tuple[str, str],
 
 def virtual(*options: str, prompt_tok: int = 600, output_tok: int = 40, slots: int = 4,
             sessions: int = 12) -> list[RequestRecord]:
-    mix = scenario.load("scenarios/campaigns/tasks/lines.toml")
+    mix = scenario.load(str(LINES))
     mix = mix.with_lengths(prompt_tok, output_tok)
     leg = Leg(id="l", axis="concurrency", value=1, phase="run", replicate=0, seed=3,
               load=Closed(concurrency=slots), warmup_s=0.0, measure_s=None, num_sessions=sessions)
