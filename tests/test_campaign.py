@@ -18,7 +18,7 @@ from servers.sim.costs import DoesNotFit
 from servers.sim.profiles import QUANTIZATIONS
 from tests import synthetic
 
-SHIPPED = Path(__file__).parent.parent / "scenarios" / "campaigns"
+FOLDER = Path(__file__).parent.parent / "scenarios" / "campaigns"
 TWO = """
 name = "two"
 simulate = true
@@ -323,7 +323,7 @@ def test_four_bits_and_transformers_are_options_of_the_simulator(tmp_path: Path)
     assert set(campaign.SIMULATED) == set(QUANTIZATIONS)
 
 
-@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda p: p.stem)
 def test_each_row_of_a_shipped_campaign_is_simulated(file: Path) -> None:
     planned = campaign.load(file)
     assert planned.simulate
