@@ -18,7 +18,6 @@ from servers.sim.costs import DoesNotFit
 from servers.sim.profiles import QUANTIZATIONS
 from tests import synthetic
 
-FOLDER = Path(__file__).parent.parent / "scenarios" / "campaigns"
 TWO = """
 name = "two"
 simulate = true
@@ -323,19 +322,6 @@ def test_four_bits_and_transformers_are_options_of_the_simulator(tmp_path: Path)
     assert set(campaign.SIMULATED) == set(QUANTIZATIONS)
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda p: p.stem)
-def test_each_row_of_a_shipped_campaign_is_simulated(file: Path) -> None:
-    planned = campaign.load(file)
-    assert planned.simulate
-    for s in planned.servers:
-        assert campaign.not_simulated(planned, s) is None
-        asked = parse(campaign.server_options(planned, s))
-        assert asked.backend == ("transformers" if s.kind == "transformers" else "vllm")
-        with contextlib.suppress(DoesNotFit):
-            found = engine_config(asked).machine.quantization
-            assert (found.name if found else None) == s.quantization
-
-
 # ------------------------------------------------------------------------------- the exit code
 
 
@@ -410,6 +396,12 @@ def test_a_shipped_campaign_is_in_order_and_simulated_as_it_stands(path: Path) -
     assert planned.simulate
     for s in planned.servers:
         assert all(c.words for c in campaign.cells_of(planned, s))
+        assert campaign.not_simulated(planned, s) is None
+        asked = parse(campaign.server_options(planned, s))
+        assert asked.backend == ("transformers" if s.kind == "transformers" else "vllm")
+        with contextlib.suppress(DoesNotFit):
+            found = engine_config(asked).machine.quantization
+            assert (found.name if found else None) == s.quantization
 
 
 def test_a_folder_without_cells_is_no_campaign(tmp_path: Path) -> None:
