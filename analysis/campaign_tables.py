@@ -81,7 +81,7 @@ def memory(matrix: Matrix) -> Table:
             "after load, GiB": loaded, "peak, GiB": peak,
             "increase, GiB": None if loaded is None or peak is None else peak - loaded,
             "of, GiB": max(totals, default=None), "KV cache, tokens": _kv_cache_tok(there),
-            "note": why_not(own)})
+            "note": why_not([m for m in own if m.run is None or m.died])})
     return Table("memory", "GPU memory", frame_of(rows),
                  "Per GPU, the fullest one, as NVML shows it. vLLM takes the memory of its KV "
                  "cache when it starts, so that load hardly changes it: how full the cache is "
