@@ -23,7 +23,7 @@ from servers.sim.launch import VirtualSim
 from servers.sim.turns import Turns, engine_of
 from servers.transformers import APP
 from tests.benchmarks.sim_against_published import ROWS, Published, simulated
-from tests.test_sim_app import Reply, ask, chat, run
+from tests.test_sim_app import Reply, ask, chat, run, until
 
 TRANSFORMERS = ("--backend", "transformers")
 LINES = Path(__file__).parent.parent / "scenarios" / "campaigns" / "tasks" / "lines.toml"
@@ -346,5 +346,30 @@ def test_it_has_no_metrics_of_a_vllm_and_says_who_it_is() -> None:
             assert models["data"][0]["owned_by"] == "transformers"
             default = await ask(port, "/v1/completions", {"prompt": "a", "ignore_eos": True})
             assert default.json()["usage"]["completion_tokens"] == 512
+
+    run(go())
+
+
+def test_several_prompts_are_refused() -> None:
+    async def go() -> None:
+        async with Serving(*TRANSFORMERS) as port:
+            refused = await ask(port, "/v1/completions", {"prompt": ["a", "b"]})
+            assert refused.status == 400
+            assert refused.json()["error"]["message"] in APP.read_text()
+
+    run(go())
+
+
+def test_streams_are_cut_when_the_app_is_told_to_end() -> None:
+    async def go() -> None:
+        serving = Serving(*TRANSFORMERS, speed=1.0)
+        async with serving as port:
+            asked = asyncio.create_task(ask(port, "/v1/completions", body(10, 500)))
+            await until(lambda: serving.server.pacing.steps > 2)
+            serving.server.abort_all()
+            reply = await asked
+            assert reply.status == 200
+            assert not reply.clean
+            assert reply.finish_reasons() == []
 
     run(go())

@@ -75,10 +75,13 @@ class Server:
                            logger=http_log())
 
     def abort_all(self) -> None:
-        """What is in flight ends with finish_reason "abort": SIGTERM."""
+        """SIGTERM: what is in flight ends with finish_reason "abort"; the web app just ends."""
         self._dead = True
         for stream in self._desk.streams():
-            stream.finish("abort")
+            if self.engine.config.backend == "transformers":
+                stream.cut()
+            else:
+                stream.finish("abort")
 
     # ------------------------------------------------------------------------------- the engine
 

@@ -81,6 +81,10 @@ class Stream:
             if choice.reason is None and not self._silent:
                 self._closed(choice, choice.cut(reason))
 
+    def cut(self) -> None:
+        """Ends the connection in the middle."""
+        self._transport.close()
+
     def fail(self, error: Refused) -> None:
         """The engine is dead, or full."""
         told = self._shape.stream and self._held != []  # else it is an answer without a stream

@@ -13,6 +13,9 @@ def check_fields(body: dict[str, Any]) -> None:
     for field in ("stop", "tools", "response_format"):
         if body.get(field):
             raise Refused(400, f"{field}: model.generate behind a small web app does not do that")
+    given = body.get("prompt")
+    if isinstance(given, list) and not all(isinstance(x, int) for x in given):
+        raise Refused(400, "prompt must be a text or a list of token ids")
     if body.get("n", 1) != 1:
         raise Refused(400, "n: one answer for each request")
 
