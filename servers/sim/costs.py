@@ -160,15 +160,19 @@ class StepTime:
     the unpacking. Both shares are unmeasured here, and worked out from Qwen's published speeds on
     an A100 with this arithmetic. Reading: from 16 to 4 bits a token of 7B took 5.4 ms less as GPTQ
     and 5.1 as AWQ, of 14B 11.4 and 10.8 ms; with 16-bit weights at 0.8 of the data sheet's
-    bandwidth that leaves the 4-bit kernels 0.78, 0.72, 0.88 and 0.78 of that. Arithmetic: with
+    bandwidth that leaves the 4-bit kernels 0.78, 0.72, 0.88 and 0.78 of that. Unpacking: with
     prompts of 6,144 to 30,720 tokens that gain shrank by 0.1 to 1.9 s, by which the linear layers
-    of a prompt are at 0.66 to 0.87 of their 16-bit speed. Consumer cards may differ."""
+    of a prompt were at 0.66 to 0.87 of their 16-bit speed there: at 0.70, each multiplication
+    takes 2.5e-15 s × 2 more, 0.048 of the A100's integer operations. That other cards unpack as
+    fast as their integer units are is an assumption: it costs those most that multiply fastest."""
 
     def __init__(self, machine: Machine) -> None:
         m, gpu, tp, c = machine.model, machine.gpu, machine.tp, machine.constants
         flops = tp * gpu.flops * (c.mfu or gpu.mfu)
         q = machine.quantization
-        self._flop_tok_s = 2 * m.body / flops / (q.mfu_frac if q else 1)
+        self._flop_tok_s = 2 * m.body / flops
+        if q is not None:
+            self._flop_tok_s += m.body * q.unpack_ops / (tp * gpu.int_ops)
         self._flop_sample_s = 2 * m.hidden * m.vocab / flops
         self._flop_pair_s = 4 * m.layers * m.heads * m.head_dim / flops
         bandwidth = gpu.bandwidth * c.bandwidth_frac

@@ -15,6 +15,7 @@ class Gpu:
     bandwidth: float  # bytes/s
     flops: float  # dense bf16 with fp32 accumulation, per second
     mfu: float  # share of it that a prefill reaches
+    int_ops: float  # integer operations per second, by its data sheet
     memory_gib: float
     link_bandwidth: float  # bytes/s on the bus
     link_latency_s: float
@@ -55,7 +56,7 @@ class Quantization:
     bits: int
     group: int  # weights that share a 16-bit scale and a zero point
     bandwidth_frac: float  # of what 16-bit kernels reach
-    mfu_frac: float  # the same of arithmetic
+    unpack_ops: float  # integer operations of the card, per multiplication
     generate_layer_s: float  # in place of Generate.layer_s
     source: str
 
