@@ -402,6 +402,15 @@ def test_the_headline_goes_on_about_its_own_server(whole: Folder) -> None:
     assert "two, ab" not in head
 
 
+def test_verdicts_of_sweeps_stand_together_in_the_headline(whole: Folder) -> None:
+    said = ["one, ab: SAFE up to 4 concurrent, by 80 of 80 requests with 95 % confidence.",
+            "two, ab: UNRESOLVED, no safe level was found.", "Nothing else.", "All was simulated."]
+    head = "".join(campaign_report._head(whole.read(), said))
+    assert "<h1>What each server can take</h1><p>one, ab: SAFE up to 4" in head
+    assert "<p>two, ab: UNRESOLVED, no safe level was found.</p><p>All was simulated.</p>" in head
+    assert "Nothing else" not in head
+
+
 @pytest.mark.parametrize(("servers", "dashed"), [(7, []), (9, ["s7", "s8"])])
 def test_servers_beyond_the_last_colour_have_dashed_lines(servers: int, dashed: list[str]) -> None:
     names = [f"s{i}" for i in range(servers)]
