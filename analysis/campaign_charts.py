@@ -49,11 +49,19 @@ def _long(f: pd.DataFrame, columns: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _colour(rows: list[dict[str, Any]]) -> alt.Color:
+def _colour(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a line by its server; those that come after the last colour are dashed."""
     names = list(dict.fromkeys(r["server"] for r in rows))
-    return alt.Color("server:N", title=None, sort=names, scale=alt.Scale(
-        domain=names, range=[COLOURS[i % len(COLOURS)] for i in range(len(names))]),
-        legend=None if len(names) == 1 else alt.Legend(labelLimit=260, columns=2))
+    legend = None if len(names) == 1 else alt.Legend(labelLimit=260, columns=2)
+    found: dict[str, Any] = {"color": alt.Color(
+        "server:N", title=None, sort=names, legend=legend, scale=alt.Scale(
+            domain=names, range=[COLOURS[i % len(COLOURS)] for i in range(len(names))]))}
+    if len(names) > len(COLOURS):
+        found["strokeDash"] = alt.StrokeDash(
+            "server:N", title=None, sort=names, legend=legend, scale=alt.Scale(
+                domain=names, range=[[1, 0] if i < len(COLOURS) else [6, 3]
+                                     for i in range(len(names))]))
+    return found
 
 
 def _bars(f: pd.DataFrame, columns: list[str], title: str) -> Chart:
@@ -94,11 +102,12 @@ def _curve(f: pd.DataFrame, x: str, y: str) -> Chart:
         "server:N", alt.Tooltip("x:Q", title=x), alt.Tooltip("y:Q", title=y, format=".4g"),
         alt.Tooltip("stable:N", title="stable?")])
     chart: Chart = alt.layer(
-        base.mark_line(strokeWidth=2).encode(color=_colour(rows)),
+        base.mark_line(strokeWidth=2).encode(**_colour(rows)),
         base.mark_point(size=70, filled=True, opacity=1, stroke=theme.PAPER).encode(
-            fill=alt.Fill("stable:N", title="stable?", scale=alt.Scale(
-                domain=known, range=[STABLE[k] for k in known]))),
-    ).resolve_scale(color="independent", fill="independent").properties(title=y, height=280)
+            fill=alt.Fill("stable:N", title="stable?", legend=alt.Legend(orient="top"),
+                          scale=alt.Scale(domain=known, range=[STABLE[k] for k in known]))),
+    ).resolve_scale(color="independent", fill="independent", strokeDash="independent").properties(
+        title=y, height=280)
     return chart
 
 
@@ -118,9 +127,14 @@ def _line(f: pd.DataFrame, x: str, y: str) -> Chart:
     values = sorted({r["x"] for r in rows})
     base = alt.Chart(data(rows)).encode(
         x=alt.X("x:Q", title=x, scale=alt.Scale(type="log", base=2),
-                axis=alt.Axis(values=values, format="~s", grid=False)),
+                axis=alt.Axis(values=values, format=",d", grid=False)),
         y=_upwards([r["y"] for r in rows]),
-        color=_colour(rows), tooltip=["server:N", alt.Tooltip("x:Q", title=x),
-                                   alt.Tooltip("y:Q", title=y, format=".4g")])
-    return alt.layer(base.mark_line(strokeWidth=2), base.mark_point(
-        filled=True, size=55, opacity=1)).properties(title=y, height=260)
+        tooltip=["server:N", alt.Tooltip("x:Q", title=x),
+                 alt.Tooltip("y:Q", title=y, format=".4g")])
+    style = _colour(rows)
+    silent = style["color"].legend(None)
+    chart: Chart = alt.layer(
+        base.mark_line(strokeWidth=2).encode(**style),
+        base.mark_point(filled=True, size=55, opacity=1).encode(color=silent),
+    ).resolve_scale(color="independent", strokeDash="independent").properties(title=y, height=260)
+    return chart

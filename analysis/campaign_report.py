@@ -139,14 +139,27 @@ def _head(found: Matrix, said: list[str]) -> Iterator[str]:
     yield f'<p class="about">{escape(" · ".join(x for x in about if x))}</p>'
     mark = '<span class="badge note">SIMULATED SERVERS</span>' if found.simulated else ""
     headline, _, reason = said[0].partition(": ")
-    if reason.startswith(("SAFE", "UNSAFE", "UNRESOLVED")):
-        headline, reason = "What each server can take", said[0]
-    rest = [reason, *said[1:2], *(said[-1:] if found.simulated and len(said) > 2 else [])]
-    text = "".join(f"<p>{escape(x[0].upper() + x[1:])}</p>" for x in rest if x)
+    rest = [reason[:1].upper() + reason[1:], *_about(found, headline, said)]
+    verdicts = [x for x in said if x.partition(": ")[2].startswith(VERDICTS)]
+    if said[0] in verdicts:
+        headline, rest = "What each server can take", verdicts[:SHOWN]
+    rest += said[-1:] if found.simulated and len(said) > 2 else []
+    text = "".join(f"<p>{escape(x)}</p>" for x in rest if x)
     yield (f'<section class="verdict unresolved">{mark}<h1>{escape(headline)}</h1>{text}'
            "</section>")
     if found.simulated:
         yield f'<p class="muted" style="margin-top:14px">{escape(SIMULATED)}</p>'
+
+
+VERDICTS = ("SAFE", "UNSAFE", "UNRESOLVED")
+SHOWN = 4  # of them, in the headline's box; all stand at the end
+
+
+def _about(found: Matrix, headline: str, said: list[str]) -> list[str]:
+    """What else is said of the server of the headline; of none: what is said next."""
+    named = max((s.name for s in found.campaign.servers if s.name in headline), key=len, default="")
+    own = [x for x in said[1:] if named and x.startswith((f"{named}, ", f"{named}: "))]
+    return (own or said[1:])[:1]
 
 
 def _section(found: Matrix, t: Table, drawn: list[charts.Chart]) -> Iterator[str]:

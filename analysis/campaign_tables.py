@@ -80,11 +80,18 @@ def memory(matrix: Matrix) -> Table:
             "server": server, "GPUs": own[0].server.tensor_parallel,
             "after load, GiB": loaded, "peak, GiB": peak,
             "increase, GiB": None if loaded is None or peak is None else peak - loaded,
-            "of, GiB": max(totals, default=None), "note": why_not(own)})
+            "of, GiB": max(totals, default=None), "KV cache, tokens": _kv_cache_tok(there),
+            "note": why_not([m for m in own if m.run is None or m.died])})
     return Table("memory", "GPU memory", frame_of(rows),
                  "Per GPU, the fullest one, as NVML shows it. vLLM takes the memory of its KV "
                  "cache when it starts, so that load hardly changes it: how full the cache is "
-                 "stands in the table of concurrency.")
+                 "stands in the table of concurrency. Smaller weights leave it more tokens.")
+
+
+def _kv_cache_tok(there: list[Measured]) -> int | None:
+    """Of a server that says so, as it starts."""
+    told = [m.run.manifest.server.get("kv_cache_tok") for m in there if m.run is not None]
+    return next((x for x in told if isinstance(x, int)), None)
 
 
 def long_text(matrix: Matrix) -> Table:

@@ -38,6 +38,7 @@ Price = Annotated[float, Meta(ge=0)]
 LONGEST = "longest"  # a prompt that fills the server's context
 RESERVE_TOK = 64  # that it leaves beside the answer: a prompt is made to its length, but for a few
 ANSWER_TOK = 512  # beside the longest prompt, where no length is asked for
+SIMULATED = ("awq", "gptq")  # quantisations that the simulator knows
 
 TableName = Literal[
     "speed", "ttft", "memory", "utilisation", "long_text", "longest_context", "concurrency",
@@ -270,14 +271,9 @@ def is_simulated(planned: Campaign, s: ServerRow) -> bool:
 
 def not_simulated(planned: Campaign, s: ServerRow) -> str | None:
     """Why nothing honest can be said of it without the real thing; None: something can."""
-    if not is_simulated(planned, s):
-        return None
-    if s.kind == "transformers":
-        return ("Hugging Face's generate is not simulated: its speed is that of Python and kernel "
-                "launches, which nobody measured for these cards")
-    if s.quantization:
-        return (f"{s.quantization} is not simulated: the speed of its kernels was not measured on "
-                "these cards")
+    if is_simulated(planned, s) and s.quantization and s.quantization not in SIMULATED:
+        return (f"{s.quantization}: of the speed of its kernels the simulator knows nothing; it "
+                f"knows {' and '.join(SIMULATED)}")
     return None
 
 
@@ -296,10 +292,10 @@ def server_options(planned: Campaign, s: ServerRow) -> list[str]:
         return []
     length = [f"--max-model-len={s.max_model_len}"] if s.max_model_len else []
     simulated = is_simulated(planned, s)
-    if s.kind == "transformers" and not simulated:
+    if s.kind == "transformers" and not simulated:  # over all GPUs there are, as a model's file is
         return list(s.options)
     card = [f"--model={s.model}", *([f"--gpu={s.gpu}"] if s.gpu else [])] if simulated else []
-    return [*card, *([f"--tensor-parallel-size={s.tensor_parallel}"]
-                     if s.tensor_parallel > 1 else []),
-            *([f"--quantization={s.quantization}"] if s.quantization and not simulated else []),
+    return [*card, *(["--backend=transformers"] if s.kind == "transformers" else []),
+            *([f"--tensor-parallel-size={s.tensor_parallel}"] if s.tensor_parallel > 1 else []),
+            *([f"--quantization={s.quantization}"] if s.quantization else []),
             *length, *s.options, *(s.sim_options if simulated else ())]

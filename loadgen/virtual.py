@@ -24,11 +24,12 @@ from loadgen.store import Row
 from loadgen.supervise import HEAD_START_S, is_lost
 from loadgen.talk import HEARD, OVER
 from loadgen.telemetry.signs import series, signs_of
-from servers.sim.costs import BLOCK_TOK, GIB, used_gib
+from servers.sim.costs import BLOCK_TOK, GIB
 from servers.sim.engine import Engine, EngineConfig, Request, Step
 from servers.sim.errors import ENGINE_DEAD
 from servers.sim.faults import Fault, Faults
 from servers.sim.front import Front, Turn
+from servers.sim.turns import engine_of
 
 DEATHS = {"oom": "CUDA out of memory", "die": "a worker was killed"}
 START_S = 3.0  # what comes before the first leg: server, calibration, shards
@@ -101,14 +102,15 @@ class VirtualExecutor:
         self.rows: list[Row] = []
         self._scenario, self._config, self._utilization = scenario, config, utilization
         self._slos = {c.name: scenario.slo_of(c.name) for c in scenario.classes}
-        self._engine, self._front = Engine(config), front or Front(config.machine.constants)
+        self._engine, self._front = engine_of(config), front or Front(config.machine.constants)
         self._sampled_s = self._worked_s = 0.0  # when the last sample was, and the front's CPU then
         self._ids = itertools.count(1)
         self._faults = Faults(faults, random.Random(config.seed), lambda: 0.0)
 
     async def restart(self, why: str) -> None:
         """A new engine, START_S later; the faults are those of before."""
-        self._engine, self._front = Engine(self._config), Front(self._config.machine.constants)
+        self._engine = engine_of(self._config)
+        self._front = Front(self._config.machine.constants)
         self._worked_s = 0.0
         self.now_s += START_S
 
@@ -149,12 +151,13 @@ class VirtualExecutor:
                 "preemptions": stats.preemptions, "prompt_tok": stats.prompt_tok,
                 "output_tok": stats.generation_tok, "finished": sum(stats.finished.values()),
                 "prefix_queries": stats.prefix_queries, "prefix_hits": stats.prefix_hits}
-        self.rows += [Row("server", t_ns, name, float(value)) for name, value in said.items()]
+        if self._config.backend == "vllm":  # the small web app has no /metrics
+            self.rows += [Row("server", t_ns, name, float(value)) for name, value in said.items()]
         worked_s = self._front.worked_s(t_s)
         cores = (worked_s - self._worked_s) / (t_s - self._sampled_s)
         self._sampled_s, self._worked_s = t_s, worked_s
         self.rows.append(Row("process", t_ns, "front_cores", cores))
-        card = {"memory_used_bytes": used_gib(machine, self._utilization) * GIB,
+        card = {"memory_used_bytes": engine.used_gib(self._utilization) * GIB,
                 "memory_total_bytes": machine.gpu.memory_gib * GIB,
                 "util_frac": min(1.0, busy_frac)}
         self.rows += [Row("gpu", t_ns, name, value, {"index": str(i)})
@@ -238,7 +241,7 @@ class _LegRun:
             if self._faults.all and (kind := self._faults.due(engine)) is not None:
                 self._die(kind)
                 break
-            busy_s += step.duration_s
+            busy_s += step.duration_s * step.busy_frac
             self.now_s = step.end_s
             while due and due[0][0] <= self.now_s:  # these reach the front end before its tokens
                 self._send()
@@ -343,7 +346,7 @@ class _LegRun:
             cls=course.planned.cls, due_ns=due_ns, end_ns=due_ns, outcome=Outcome.DROPPED,
             want_prompt_tok=course.prompt_tok, max_tokens=what.output_tok)
         self._seq += 1
-        if course.prompt_tok >= self._engine.config.max_model_len:
+        if course.prompt_tok >= self._engine.config.max_model_len or self._is_uncut(course):
             record.outcome, record.status = Outcome.HTTP_ERROR, 400
             record.error = "HTTP 400: the prompt is longer than the model's context"
             record.sent_ns = due_ns
@@ -355,6 +358,12 @@ class _LegRun:
             return
         self._count(record)
         self._go_on(course, record.outcome, due_s + DROP_PAUSE_S)
+
+    def _is_uncut(self, course: _Course) -> bool:
+        """Longer than there is room for, with a server that does not cut answers to that."""
+        config = self._engine.config
+        return config.backend == "transformers" and (
+            course.prompt_tok + course.what.output_tok > config.max_model_len)
 
     def _go_on(self, course: _Course, outcome: Outcome, free_s: float) -> None:
         """What a session or its slot does after a request; as `talk` says."""
@@ -459,7 +468,19 @@ class _LegRun:
                 flight.record.finish_reason = reason
                 flight.spans[-1][1] = number + 1
                 self._landing.append((number, flight))
+        for request_id, words in step.failed.items():
+            self._fail(request_id, words)
         self._write(self._front.give_out(self.now_s, step.events, step.fresh))
+
+    def _fail(self, request_id: int, words: str) -> None:
+        """A status where the answer has not begun, else an event of the stream."""
+        flight = self._flying.get(request_id)
+        if flight is None:
+            return
+        told = bool(flight.spans) and flight.spans[0][0] < len(self._given)
+        flight.record.error = words if told else f"HTTP 500: {words}"
+        flight.record.status = 200 if told else 500
+        self._drop(request_id, Outcome.SERVER_ERROR_EVENT if told else Outcome.HTTP_ERROR)
 
     def _land(self, flight: _Flight, end_s: float, outcome: Outcome, again: bool = True) -> None:
         """The record; and what its session or slot does next."""

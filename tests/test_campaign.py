@@ -1,9 +1,11 @@
 """Campaigns: servers × workloads × repeats. What is complete is not run again, what differs is not
 mixed in, and a server that does not fit, or dies, is a result."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from loadgen import campaign, cells
@@ -11,6 +13,9 @@ from loadgen.cells import Done, Kept
 from loadgen.errors import ScenarioError, ServerError, StoreError
 from loadgen.store import RunFolder
 from loadgen.target import Target
+from servers.sim.__main__ import engine_config, parse
+from servers.sim.costs import DoesNotFit
+from servers.sim.profiles import QUANTIZATIONS
 from tests import synthetic
 
 TWO = """
@@ -293,14 +298,28 @@ def test_a_model_that_does_not_fit_has_no_largest_context(says: str) -> None:
 
 
 def test_what_the_simulator_cannot_say_is_not_simulated(tmp_path: Path) -> None:
-    text = TWO.replace('kind = "vllm"', 'kind = "transformers"')
+    text = TWO.replace('kind = "vllm"', 'quantization = "fp8"')
     ran = Ran()
     done = run_all(planned_of(tmp_path, text), tmp_path / "out", ran)
-    assert {d.outcome for d, _ in done if d.cell.server == "b"} == {"not simulated"}
+    assert {(d.outcome, d.says) for d, _ in done if d.cell.server == "b"} == {
+        ("not simulated", "fp8: of the speed of its kernels the simulator knows nothing; it knows "
+                          "awq and gptq")}
     assert len(ran.words) == 5
-    four_bits = TWO.replace('kind = "vllm"', 'quantization = "awq"')
-    planned = planned_of(tmp_path, four_bits)
-    assert campaign.not_simulated(planned, planned.servers[1]) is not None
+
+
+def test_four_bits_and_transformers_are_options_of_the_simulator(tmp_path: Path) -> None:
+    for row, wanted in (
+            ('quantization = "awq"', {"--quantization=awq"}),
+            ('kind = "transformers"', {"--backend=transformers"}),
+            ('kind = "transformers"\nquantization = "gptq"',
+             {"--backend=transformers", "--quantization=gptq"})):
+        planned = planned_of(tmp_path, TWO.replace('kind = "vllm"', row))
+        b = planned.servers[1]
+        assert campaign.not_simulated(planned, b) is None
+        assert wanted <= set(campaign.server_options(planned, b))
+        real = msgspec.structs.replace(planned, simulate=False)
+        assert "--backend=transformers" not in campaign.server_options(real, b)
+    assert set(campaign.SIMULATED) == set(QUANTIZATIONS)
 
 
 # ------------------------------------------------------------------------------- the exit code
@@ -377,6 +396,12 @@ def test_a_shipped_campaign_is_in_order_and_simulated_as_it_stands(path: Path) -
     assert planned.simulate
     for s in planned.servers:
         assert all(c.words for c in campaign.cells_of(planned, s))
+        assert campaign.not_simulated(planned, s) is None
+        asked = parse(campaign.server_options(planned, s))
+        assert asked.backend == ("transformers" if s.kind == "transformers" else "vllm")
+        with contextlib.suppress(DoesNotFit):
+            found = engine_config(asked).machine.quantization
+            assert (found.name if found else None) == s.quantization
 
 
 def test_a_folder_without_cells_is_no_campaign(tmp_path: Path) -> None:

@@ -30,7 +30,18 @@ sim_options = ["--fault=oom@6"]
 [[servers]]
 name = "four-bit"
 model = "Qwen/Qwen2.5-0.5B-Instruct"
+gpu = "4090d"
 quantization = "awq"
+[[servers]]
+name = "eight-bit"
+model = "Qwen/Qwen2.5-0.5B-Instruct"
+gpu = "4090d"
+quantization = "fp8"
+[[servers]]
+name = "generate"
+kind = "transformers"
+model = "Qwen/Qwen2.5-0.5B-Instruct"
+gpu = "4090d"
 [[workloads]]
 name = "ladder"
 scenario = "smoke"
@@ -90,7 +101,7 @@ def test_a_campaign_runs_resumes_and_ends_in_a_report(
     # what does not fit, with the largest that does; what dies; what is not simulated
     notes = table(done, "concurrency")["note"]
     assert notes["huge"].startswith("does not fit: needs 7 GiB of KV cache per GPU, has 6.9;")
-    assert notes["four-bit"].startswith("not simulated: awq")
+    assert notes["eight-bit"].startswith("not simulated: fp8")
     by_load = table(done, "concurrency").loc["mortal"].set_index("concurrency")
     assert by_load.loc[4, "stable?"] == "yes"
     assert by_load.loc[8, "stable?"] == "no"
@@ -102,6 +113,17 @@ def test_a_campaign_runs_resumes_and_ends_in_a_report(
     assert 6 <= fatal <= 7  # of seven in flight six surely run at once
     assert table(done, "cost").loc["mortal", "stable up to"] == 4
 
+    # four bits and Hugging Face's generate have figures
+    ttft, memory = table(done, "ttft")["mean, ms"], table(done, "memory")
+    assert ttft[["four-bit", "generate"]].notna().all()
+    kv, loaded = memory["KV cache, tokens"], memory["after load, GiB"]
+    assert kv["four-bit"] > kv["small"]
+    assert loaded["generate"] < loaded["four-bit"]
+    assert memory["increase, GiB"]["generate"] > 0
+    tok_s = table(done, "concurrency").set_index("concurrency", append=True)["output, tok/s"]
+    assert tok_s["four-bit", 8] > 3 * tok_s["generate", 8]
+    assert "response_format: model.generate" in str(found.loc["generate", "note"])
+
     # again: nothing is run
     before = {p: p.stat().st_mtime_ns for p in out.rglob("manifest.json")}
     capsys.readouterr()
@@ -109,4 +131,4 @@ def test_a_campaign_runs_resumes_and_ends_in_a_report(
     assert {p: p.stat().st_mtime_ns for p in out.rglob("manifest.json")} == before
     assert "── " not in capsys.readouterr().out
     assert run(done, "--report-only") == 0
-    assert len(cells.read(out).cells) == 5 + 3 + 3 + 3 + 5
+    assert len(cells.read(out).cells) == 5 + 3 + 3 + 3 + 5 + 5 + 5

@@ -12,6 +12,7 @@ import pytest
 
 from analysis import (
     campaign_answers,
+    campaign_charts,
     campaign_load,
     campaign_report,
     campaign_tables,
@@ -391,3 +392,45 @@ def test_a_number_is_written_for_people() -> None:
     assert shown == ["0", "12", "1,234", "0.457", "123", "0.0004", "–"]
     assert campaign_report._cell(100.0, 12.34) == "100 ± 12"
     assert campaign_report._cell(100.0, 1e-12) == "100 ± 0"
+
+
+def test_the_headline_goes_on_about_its_own_server(whole: Folder) -> None:
+    campaign_report.write(whole.path)
+    head = (whole.path / "report.html").read_text(encoding="utf-8").partition("</section>")[0]
+    assert "<h1>Deploy one, as many as you need" in head
+    assert "<p>one, ab: keep to 1;" in head
+    assert "two, ab" not in head
+
+
+def test_verdicts_of_sweeps_stand_together_in_the_headline(whole: Folder) -> None:
+    said = ["one, ab: SAFE up to 4 concurrent, by 80 of 80 requests with 95 % confidence.",
+            "two, ab: UNRESOLVED, no safe level was found.", "Nothing else.", "All was simulated."]
+    head = "".join(campaign_report._head(whole.read(), said))
+    assert "<h1>What each server can take</h1><p>one, ab: SAFE up to 4" in head
+    assert "<p>two, ab: UNRESOLVED, no safe level was found.</p><p>All was simulated.</p>" in head
+    assert "Nothing else" not in head
+
+
+@pytest.mark.parametrize(("servers", "dashed"), [(7, []), (9, ["s7", "s8"])])
+def test_servers_beyond_the_last_colour_have_dashed_lines(servers: int, dashed: list[str]) -> None:
+    names = [f"s{i}" for i in range(servers)]
+    for name, x, ys in (("concurrency", "concurrency", ("mean TTFT, ms", "output, tok/s")),
+                        ("input_length", "input, tokens", ("TTFT, s", "total, s"))):
+        f = pd.DataFrame([{"server": s, x: at, "stable?": "yes", **dict.fromkeys(ys, at)}
+                          for s in names for at in (1, 2)])
+        for chart in campaign_charts.of(matrix.Table(name, name, f)):
+            line = chart.to_dict()["layer"][0]["encoding"]
+            assert line["color"]["scale"]["domain"] == names
+            scale = line.get("strokeDash", {"scale": {"domain": [], "range": []}})["scale"]
+            assert [s for s, dash in zip(scale["domain"], scale["range"], strict=True)
+                    if dash != [1, 0]] == dashed
+
+
+def test_memory_has_a_note_only_where_it_has_no_figure_or_the_server_died(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, work("a", "memory"), work("b", "memory"))
+    folder.cell("one", "a", [1.0], rows=[
+        Row("gpu", at * S, "memory_used_bytes", 14.0 * GIB, {"index": "0"}) for at in (90, 110)])
+    folder.cell("one", "b", [1.0], outcome=Outcome.HTTP_ERROR, error="HTTP 400: no tools here")
+    row = row_of(campaign_tables.memory(folder.read()))
+    assert (row.get("note", ""), row["peak, GiB"]) == ("", 14.0)
+    assert "no tools here" in matrix.why_not(folder.read().cells)

@@ -11,6 +11,7 @@ import pytest
 from servers.sim.costs import (
     GPUS,
     MODELS,
+    QUANTIZATIONS,
     Batch,
     DoesNotFit,
     Machine,
@@ -22,7 +23,7 @@ from servers.sim.costs import (
 )
 from servers.sim.engine import Engine, EngineConfig, Request, Step
 from servers.sim.front import Front, Turn
-from servers.sim.profiles import Constants, Gpu, Model
+from servers.sim.profiles import GENERATE, Constants, Generate, Gpu, Model, Quantization
 
 
 def machine(gpu: str = "4090d", model: str = "qwen2.5-7b", tp: int = 1) -> Machine:
@@ -403,8 +404,10 @@ def test_the_weights_of_a_model_are_those_of_its_shape(name: str) -> None:
     assert m.body == pytest.approx(body, rel=0.01)
 
 
-@pytest.mark.parametrize("entry", [*GPUS.values(), *MODELS.values(), machine().constants])
-def test_every_number_has_a_source(entry: Gpu | Model | Constants) -> None:
+@pytest.mark.parametrize("entry", [*GPUS.values(), *MODELS.values(), *QUANTIZATIONS.values(),
+                                   machine().constants, GENERATE])
+def test_every_number_has_a_source(
+        entry: Gpu | Model | Constants | Quantization | Generate) -> None:
     assert len(entry.source) > 10
 
 

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from servers.sim import costs, faults, profiles
+from servers.sim import costs, faults, profiles, turns
 from servers.sim.app import Server
-from servers.sim.engine import Engine, EngineConfig
+from servers.sim.engine import EngineConfig
 from servers.sim.gate import listen, open_all_descriptors
 from servers.sim.log import log, log_start_failed, log_start_oom
 from servers.sim.scripts import AUTO_CALL_SHARE, Habits
 
 GPU, MODEL = "4090d", "qwen2.5-7b"
+ENDINGS = {"awq": "-awq", "gptq": "-gptq-int4"}  # of the names of models that are quantised so
 PR_SET_PDEATHSIG = 1
 LATE_SHARE = 0.01  # of the steps late: then the log says that the schedule was not kept
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 async def serve(options: argparse.Namespace, config: EngineConfig) -> int:
     """Until SIGTERM, or until the engine has died; 0 in both cases, as from vLLM."""
-    server = Server(Engine(config), options.served_model_name or [options.model],
+    server = Server(turns.engine_of(config), options.served_model_name or [options.model],
                     utilization=options.gpu_memory_utilization, api_key=options.api_key,
                     faults=options.fault, speed=options.speed,
                     request_log=options.request_log, queue_limit=options.max_num_queued_reqs,
@@ -78,8 +79,13 @@ async def serve(options: argparse.Namespace, config: EngineConfig) -> int:
 
 def log_start(config: EngineConfig) -> None:
     tokens = config.num_blocks * costs.BLOCK_TOK
+    bits = config.machine.quantization
     log("EngineCore", "INFO", "sim", f"SIMULATED: {config.machine.model.name} on "
-        f"{config.machine.tp} x {config.machine.gpu.name}")
+        f"{config.machine.tp} x {config.machine.gpu.name}" + (f", {bits.name}" if bits else ""))
+    if config.backend == "transformers":
+        log("APIServer", "INFO", "app.py", "Hugging Face's generate behind a small web app: one "
+            f"token of one request at a time; weights {config.machine.weights_gib:.2f} GiB")
+        return
     log("EngineCore", "INFO", "kv_cache_utils.py:2327", f"GPU KV cache size: {tokens:,} tokens, "
         f"Maximum concurrency for {config.max_model_len:,} tokens per request: "
         f"{tokens / config.max_model_len:.2f}x")
@@ -101,6 +107,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--gpu-memory-utilization", type=_number(float, 0.01, 1), default=0.92)
     p.add_argument("--dtype", choices=("auto", "half", "float16", "bfloat16"), default="auto",
                    help="all of two bytes: here they are one")
+    p.add_argument("--backend", choices=("vllm", "transformers"), default="vllm",
+                   help="transformers: Hugging Face's generate behind a small web app, with its "
+                        "memory, errors and speed, in place of a vLLM")
+    p.add_argument("--quantization", "-q", choices=tuple(costs.QUANTIZATIONS),
+                   help="4-bit weights; default: as the model's name ends (…-AWQ, …-GPTQ-Int4)")
     p.add_argument("--max-model-len", type=_number(int, 1, 10**7))
     p.add_argument("--max-num-seqs", type=_number(int, 1, 10**5))
     p.add_argument("--max-num-batched-tokens", type=_number(int, 1, 10**6))
@@ -129,6 +140,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options, unknown = p.parse_known_args(argv)
     if options.request_log and not options.request_log.parent.is_dir():
         p.error(f"--request-log {options.request_log}: there is no such folder")
+    if options.backend == "transformers" and (given := _of_vllm(options)):
+        p.error(f"{given} is vLLM's: --backend transformers has no such limit")
     fitted = options.profile
     options.gpu = options.gpu or (fitted and fitted.gpu) or GPU
     options.model = options.model or (fitted and fitted.model) or MODEL
@@ -142,13 +155,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def engine_config(options: argparse.Namespace) -> EngineConfig:
     """Raises DoesNotFit; ValueError for sizes that vLLM refuses."""
     machine = costs.Machine(costs.GPUS[_key(options.gpu)], costs.MODELS[_key(options.model)],
-                            options.tensor_parallel_size)
+                            options.tensor_parallel_size,
+                            quantization=_quantization(options.model, options.quantization))
     if options.profile:
         machine = replace(machine, constants=options.profile.constants)
     batched_tok, seqs = costs.batch_defaults(machine.gpu)
     seqs = options.max_num_seqs or seqs
     batched_tok = options.max_num_batched_tokens or max(batched_tok, seqs)
     max_model_len = options.max_model_len or machine.model.max_len
+    if options.backend == "transformers":
+        blocks = int(turns.room_gib(machine) * costs.GIB * machine.tp
+                     // (replace(machine, tp=1).kv_bytes_per_tok * costs.BLOCK_TOK))
+        return EngineConfig(machine, blocks, max_model_len, prefix_caching=False,
+                            mean_output_tok=options.mean_output_tokens, seed=options.seed,
+                            backend="transformers")
     blocks = costs.kv_blocks(machine, options.gpu_memory_utilization, batched_tok, seqs,
                              max_model_len)
     return EngineConfig(machine, blocks, max_model_len, batched_tok, seqs,
@@ -156,9 +176,31 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
                         options.stream_interval)
 
 
+def _of_vllm(options: argparse.Namespace) -> str | None:
+    """An option that was given, and that Hugging Face's generate has nothing like."""
+    given = {"--max-num-seqs": options.max_num_seqs, "--max-num-batched-tokens":
+             options.max_num_batched_tokens, "--max-num-queued-reqs": options.max_num_queued_reqs,
+             "--stream-interval": options.stream_interval > 1}
+    return next((name for name, value in given.items() if value), None)
+
+
+def _quantization(model: str, asked: str | None) -> profiles.Quantization | None:
+    """Raises ValueError."""
+    name = model.lower()
+    own = next((q for q, end in ENDINGS.items() if name.endswith(end)), None)
+    if own and asked and own != asked:
+        raise ValueError(  # vLLM's words
+            f"Quantization method specified in the model config ({own}) does not match the "
+            f"quantization method specified in the `quantization` argument ({asked}).")
+    found = asked or own
+    return None if found is None else costs.QUANTIZATIONS[found]
+
+
 def _key(name: str) -> str:
-    """`Qwen/Qwen2.5-7B-Instruct` or `RTX-4090D` as the tables have it."""
+    """`Qwen/Qwen2.5-7B-Instruct-AWQ` or `RTX-4090D` as the tables have it."""
     key = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    for end in ENDINGS.values():
+        key = key.removesuffix(end)
     key = key.removesuffix("-instruct").removesuffix("-chat")
     return key.removeprefix("rtx").lstrip("-_ ")
 

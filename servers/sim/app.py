@@ -11,14 +11,14 @@ from pathlib import Path
 
 from aiohttp import web
 
-from servers.sim import errors, exposition, faults, metrics, visits
+from servers.sim import errors, exposition, faults, metrics, visits, webapp
 from servers.sim.admin import Admin
 from servers.sim.desk import MAX_BODY_BYTES, Desk
 from servers.sim.doors import Doors, json_bytes, uvicorn_headers
 from servers.sim.engine import Engine, Step
 from servers.sim.front import Front, Turn
 from servers.sim.gate import GatedRunner, http_log
-from servers.sim.log import log, log_death
+from servers.sim.log import log, log_death, log_request_oom
 from servers.sim.scripts import Habits
 
 EXIT_AFTER_DEATH_S = 3.5  # vLLM's watchdog: port closed after 3.3 s, exit after 3.8 s, ...
@@ -61,11 +61,12 @@ class Server:
             web.post("/v1/chat/completions", self._desk.chat),
             web.post("/v1/completions", self._desk.complete),
             web.post("/tokenize", self._desk.tokenize),
-            web.post("/detokenize", self._desk.detokenize),
-            web.get("/health", self._health), web.get("/ping", self._health),
-            web.get("/load", self._load), web.get("/version", self._version),
-            web.get("/v1/models", self._list_models), web.get("/metrics", self._metrics),
-            *self._admin.routes()])
+            web.get("/health", self._health), web.get("/v1/models", self._list_models),
+            web.get("/metrics", self._metrics), *self._admin.routes()])
+        if self.engine.config.backend == "vllm":
+            app.add_routes([
+                web.post("/detokenize", self._desk.detokenize), web.get("/ping", self._health),
+                web.get("/load", self._load), web.get("/version", self._version)])
         return app
 
     def runner(self) -> web.AppRunner:
@@ -74,10 +75,13 @@ class Server:
                            logger=http_log())
 
     def abort_all(self) -> None:
-        """What is in flight ends with finish_reason "abort": SIGTERM."""
+        """SIGTERM: what is in flight ends with finish_reason "abort"; the web app just ends."""
         self._dead = True
         for stream in self._desk.streams():
-            stream.finish("abort")
+            if self.engine.config.backend == "transformers":
+                stream.cut()
+            else:
+                stream.finish("abort")
 
     # ------------------------------------------------------------------------------- the engine
 
@@ -106,7 +110,7 @@ class Server:
                 return
             began_s, now_s = now_s, now_s + step.duration_s / self.speed
             await asyncio.sleep(max(0.0, now_s - loop.time()))
-            self.pacing.ran(began_s, now_s)
+            self.pacing.ran(began_s, began_s + (now_s - began_s) * step.busy_frac)
             self._untold.append(step)
             self._turn(self.front.give_out(now_s * self.speed, step.events, step.fresh))
 
@@ -146,6 +150,10 @@ class Server:
             if found := flying.get(request_id):
                 found[0].token(found[1], woken_s, step.finished.get(request_id),
                                not later or not later[request_id])
+        for request_id, words in step.failed.items():
+            if found := flying.get(request_id):
+                log_request_oom(len(flying), words)
+                found[0].fail(webapp.out_of_memory(words))
         self.tally.stepped()
         self._desk.stepped()
 
@@ -195,15 +203,19 @@ class Server:
     async def _list_models(self, _request: web.Request) -> web.Response:
         limit = self.engine.config.max_model_len
         return _json({"object": "list", "data": [
-            {"id": name, "object": "model", "created": self._started, "owned_by": "vllm",
+            {"id": name, "object": "model", "created": self._started,
+             "owned_by": self.engine.config.backend,
              "root": self.engine.config.machine.model.name, "parent": None,
              "max_model_len": limit, "permission": [_permission(self._started)]}
             for name in self.models]})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        body = exposition.render(self.engine, self.models[0], self.tally, self.pacing,
-                                 self._utilization)
-        body = visits.of_process() + body + self._doors.visits.of_http()
+        if self.engine.config.backend == "transformers":  # has no /metrics: the simulator's own
+            body = exposition.of_simulator(self.engine, self.pacing)
+        else:
+            body = exposition.render(self.engine, self.models[0], self.tally, self.pacing,
+                                     self._utilization)
+            body = visits.of_process() + body + self._doors.visits.of_http()
         return web.Response(body=body.encode(), headers={
             "content-type": "text/plain; version=1.0.0; charset=utf-8"})
 

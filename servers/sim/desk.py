@@ -12,7 +12,7 @@ from typing import Protocol
 
 from aiohttp import web
 
-from servers.sim import faults, prompts, scripts, text, wire
+from servers.sim import faults, prompts, scripts, text, webapp, wire
 from servers.sim.answers import Answer
 from servers.sim.choice import Choice
 from servers.sim.doors import html, json_bytes
@@ -79,10 +79,15 @@ class Desk:
         raw = await self.body(request)
         name = hashlib.blake2b(raw, digest_size=8).hexdigest() if self._log else ""
         config = house.engine.config
-        ask = wire.parse_ask(wire.parse_body(raw, request.content_type), chat, house.models,
-                             config.max_model_len, config.machine.model.vocab)
+        body, small = wire.parse_body(raw, request.content_type), config.backend == "transformers"
+        if small:
+            webapp.check_fields(body)
+        ask = wire.parse_ask(body, chat, house.models, config.max_model_len,
+                             config.machine.model.vocab)
+        if small:
+            webapp.check_room(ask, config.max_model_len)
         rng = random.Random(zlib.crc32(raw)) if ask.sampling.greedy else self._rng
-        del raw
+        del raw, body
         answer = Answer(ask, self._id_of(request), config.machine.model.vocab)
         said = [scripts.write(ask.constraint, self._habits, rng)
                 for _ in range(len(ask.prompts) * ask.sampling.n)]
@@ -91,13 +96,14 @@ class Desk:
         response = web.StreamResponse()
         if ask.shape.stream:
             response.headers["content-type"] = "text/event-stream; charset=utf-8"
-            await response.prepare(request)  # vLLM's headers do not wait for the first token
+            if not small:
+                await response.prepare(request)  # vLLM's headers do not wait for the first token
         if request.transport is None or (fault and fault.kind == "empty"):
             return response
         stream = Stream(answer, said, due_s, request.transport, fault, house.tally, self._leave,
-                        house.faults.strike, config.stream_interval)
+                        house.faults.strike, config.stream_interval, small)
         try:
-            result = await self._through_engine(stream, fault)
+            result = await self._through_engine(stream, fault, request, response)
         finally:
             self._note(name, received_ns, stream)
         if isinstance(result, Refused):
@@ -151,6 +157,7 @@ class Desk:
                 "last_ns": stream.last_ns, "tokens": stream.tokens}) + "\n")
 
     async def _through_engine(self, stream: Stream, fault: faults.Fault | None,
+                              request: web.Request, response: web.StreamResponse,
                               ) -> bytes | Refused | None:
         """The stream's result. A client that leaves cancels this, which aborts the request."""
         house = self._house
@@ -170,6 +177,11 @@ class Desk:
             for choice in stream.choices:
                 self._submit(stream, choice)
             house.wake()
+            if stream.head_waits:
+                await stream.has_begun.wait()
+                if not stream.done.done() or stream.done.result() is None:  # else it has failed
+                    await response.prepare(request)
+                stream.begin()
             return await stream.done
         finally:
             for choice in stream.choices:
@@ -180,8 +192,10 @@ class Desk:
     def _submit(self, stream: Stream, choice: Choice) -> None:
         ask, config = stream.answer.ask, self._house.engine.config
         tokens = ask.prompts[stream.answer.prompt_of(choice.index)]
-        most = wire.output_tok(ask.sampling.max_tokens, len(tokens), ask.chat,
-                               config.max_model_len)
+        asked = ask.sampling.max_tokens
+        if asked is None and config.backend == "transformers":
+            asked = webapp.DEFAULT_TOK
+        most = wire.output_tok(asked, len(tokens), ask.chat, config.max_model_len)
         self._house.tally.asked(ask.sampling.n, most)
         foreseen = islice(choice.foreseen, min(most, _FORESEEN_TOK))
         hashes = text.block_hashes([*tokens, *foreseen]) if config.prefix_caching else []

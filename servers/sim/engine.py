@@ -13,7 +13,9 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from servers.sim import costs
 from servers.sim.blocks import BlockPool
 from servers.sim.costs import BLOCK_TOK, Batch, Machine, StepTime
 
@@ -21,7 +23,8 @@ from servers.sim.costs import BLOCK_TOK, Batch, Machine, StepTime
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """`stream_interval`: a client gets an event for its first token, for every so many after it,
-    and for its last one."""
+    and for its last one. `backend`: "transformers" is stepped by `turns.Turns`, which knows no
+    blocks, batches and prefixes."""
 
     machine: Machine
     num_blocks: int
@@ -32,6 +35,7 @@ class EngineConfig:
     mean_output_tok: float = 256.0  # of answers that end by themselves (EOS), geometric
     seed: int = 0
     stream_interval: int = 1
+    backend: Literal["vllm", "transformers"] = "vllm"
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:  # vLLM's words
@@ -59,7 +63,8 @@ class Step:
     without text, where `finished` says "stop"). `begun`: those of `tokens` that had none in the
     step before; `preempted`: those that get none for a while. `admitted`: those that the engine
     began to compute, each with how many of its tokens were in the prefix cache. `events`: how many
-    of the tokens make an event of a stream (all, but for `stream_interval`)."""
+    of the tokens make an event of a stream (all, but for `stream_interval`). `failed`: whose
+    request ends with an error, and its words. `busy_frac`: the share in which the GPU works."""
 
     start_s: float
     duration_s: float
@@ -70,6 +75,8 @@ class Step:
     finished: dict[int, str] = field(default_factory=dict)  # id -> finish_reason
     events: int = 0
     fresh: int = 0  # of them, to streams that had none in the step before
+    failed: dict[int, str] = field(default_factory=dict)
+    busy_frac: float = 1.0
 
     @property
     def end_s(self) -> float:
@@ -144,6 +151,10 @@ class Engine:
     def kv_usage(self) -> float:
         """Share of the blocks that requests hold; idle cached ones are free to take."""
         return 1.0 - self._pool.available / self._pool.size
+
+    def used_gib(self, utilization: float) -> float:
+        """Memory in use on each GPU, as NVML shows it."""
+        return costs.used_gib(self.config.machine, utilization)
 
     def submit(self, request: Request) -> None:
         """Queues the request. Its prompt must be shorter than `max_model_len`."""

@@ -27,6 +27,11 @@ def render(engine: Engine, model: str, tally: Tally, pacing: Pacing, utilization
     return "\n".join([*_vllm(engine, model, tally, utilization), *_sim(engine, pacing)]) + "\n"
 
 
+def of_simulator(engine: Engine, pacing: Pacing) -> str:
+    """The last part of it alone."""
+    return "\n".join(_sim(engine, pacing)) + "\n"
+
+
 def _vllm(engine: Engine, model: str, tally: Tally, utilization: float) -> Iterator[str]:
     samples = _samples(engine, tally, utilization)
     for name, kind, told in FAMILIES:

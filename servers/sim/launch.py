@@ -20,6 +20,7 @@ from servers.sim.engine import EngineConfig
 from servers.sim.faults import IN_VIRTUAL_TIME, Fault
 
 DEFAULT_MODEL = "qwen2.5-7b"
+NAMES = {"vllm": "vLLM", "transformers": "Transformers"}
 
 
 def _check(options: Sequence[str]) -> argparse.Namespace:
@@ -37,7 +38,10 @@ def _check(options: Sequence[str]) -> argparse.Namespace:
 
 def _sizes(config: EngineConfig) -> dict[str, Any]:
     """The facts of an engine by which its limits are known, named as a vLLM's are."""
-    return {"kv_cache_tok": config.num_blocks * BLOCK_TOK, "block_size": BLOCK_TOK,
+    bits = {"quantization": q.name} if (q := config.machine.quantization) else {}
+    if config.backend == "transformers":
+        return {"backend": "transformers", "max_model_len": config.max_model_len, **bits}
+    return {**bits, "kv_cache_tok": config.num_blocks * BLOCK_TOK, "block_size": BLOCK_TOK,
             "max_num_seqs": config.max_num_seqs, "prefix_caching": config.prefix_caching,
             "max_num_batched_tokens": config.max_num_batched_tokens}
 
@@ -101,6 +105,9 @@ class VirtualSim:
     def __init__(self, options: Sequence[str]) -> None:
         asked = _check(options)
         self.faults: tuple[Fault, ...] = tuple(asked.fault)
+        if asked.backend == "transformers" and any(f.kind == "stall" for f in self.faults):
+            raise ScenarioError("--virtual has no fault stall with --backend transformers; leave "
+                                "out --virtual, or the fault")
         if wrong := [f for f in self.faults if f.kind not in IN_VIRTUAL_TIME]:
             raise ScenarioError(f"--virtual has no fault {wrong[0]}, which is told over a wire; it "
                                 f"has {', '.join(IN_VIRTUAL_TIME)}")
@@ -109,7 +116,8 @@ class VirtualSim:
         try:
             self.config: EngineConfig = engine_config(asked)
         except (DoesNotFit, ValueError) as e:
-            raise ServerError(f"the simulated vLLM refuses to start: {e}") from None
+            who = NAMES[asked.backend]
+            raise ServerError(f"the simulated {who} refuses to start: {e}") from None
         names = asked.served_model_name or [asked.model]
         self.target = Target("virtual://simulator", names[0])
 

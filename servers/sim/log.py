@@ -41,6 +41,13 @@ def log_exception(e: Exception) -> None:
         [:300].replace("\n", " "))
 
 
+def log_request_oom(flying: int, words: str) -> None:
+    """Of a request that found no memory, as `servers/hf/app.py` says it: the server goes on."""
+    stamp = time.strftime("%m-%d %H:%M:%S")
+    print(f"ERROR {stamp} [app.py] out of memory while {flying} requests were generating: "
+          f"OutOfMemoryError: {words}", file=sys.stderr, flush=True)
+
+
 def log_death(kind: str, memory_gib: float) -> None:
     """What vLLM writes when its engine dies: of "oom", "die" (a killed worker) or "hang"."""
     oom = _out_of_memory(memory_gib, "2.00 GiB")

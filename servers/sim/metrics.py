@@ -7,7 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from servers.sim.costs import GIB, used_gib
+from servers.sim.costs import GIB
 from servers.sim.engine import Engine
 
 _TTFT = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1., 2.5, 5., 7.5, 10., 20., 40.,
@@ -152,7 +152,7 @@ def gpus(engine: Engine, utilization: float, busy_frac: float) -> list[dict[str,
     machine = engine.config.machine
     gpu = machine.gpu
     return [{"index": i, "name": gpu.name, "simulated": True,
-             "memory_used_bytes": int(used_gib(machine, utilization) * GIB),
+             "memory_used_bytes": int(engine.used_gib(utilization) * GIB),
              "memory_total_bytes": int(gpu.memory_gib * GIB),
              "utilization_gpu": round(100 * busy_frac),
              "power_w": round(gpu.idle_w + busy_frac * 0.85 * (gpu.max_w - gpu.idle_w), 1)}

@@ -15,6 +15,7 @@ class Gpu:
     bandwidth: float  # bytes/s
     flops: float  # dense bf16 with fp32 accumulation, per second
     mfu: float  # share of it that a prefill reaches
+    int_ops: float  # integer operations per second, by its data sheet
     memory_gib: float
     link_bandwidth: float  # bytes/s on the bus
     link_latency_s: float
@@ -48,6 +49,34 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """Weights of the linear layers in few bits, as AWQ and GPTQ files have them."""
+
+    name: str
+    bits: int
+    group: int  # weights that share a 16-bit scale and a zero point
+    bandwidth_frac: float  # of what 16-bit kernels reach
+    unpack_ops: float  # integer operations of the card, per multiplication
+    generate_layer_s: float  # in place of Generate.layer_s
+    source: str
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of one weight, with its part of scale and zero point."""
+        return (self.bits + (16 + self.bits) / self.group) / 8
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """What a token costs in Hugging Face's `generate` besides the GPU's work."""
+
+    layer_s: float  # of the host
+    gpu_layer_s: float  # besides weights, KV and arithmetic
+    kv_moves: float  # of all of a sequence's KV, per token
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Constants:
     """What no data sheet says. `mfu` None: the card's own."""
 
@@ -76,6 +105,8 @@ class Profile:
 
 _HARDWARE = tomllib.loads(Path(__file__).with_name("hardware.toml").read_text(encoding="utf-8"))
 CONSTANTS = Constants(**_HARDWARE["constants"])
+GENERATE = Generate(**_HARDWARE["generate"])
+QUANTIZATIONS = {key: Quantization(**entry) for key, entry in _HARDWARE["quantizations"].items()}
 GPUS = {key: Gpu(**entry) for key, entry in _HARDWARE["gpus"].items()}
 MODELS = {key: Model(**entry) for key, entry in _HARDWARE["models"].items()}
 

@@ -26,13 +26,14 @@ class Stream:
     the engine's loop must wait for nobody. (vLLM's queues are unbounded, too.)
 
     `leave` is called with a choice that ended before the engine knew; `fell` when a fault is to
-    strike the engine itself.
+    strike the engine itself. `late_head`: the response's head waits for the first event; events
+    wait from `has_begun` until it was sent and they are let go by `begin`.
     """
 
     def __init__(self, answer: Answer, scripts: Sequence[Script], due_s: float,
                  transport: asyncio.Transport, fault: faults.Fault | None, tally: Tally,
                  leave: Callable[[Choice], None], fell: Callable[[str], None],
-                 interval: int = 1) -> None:
+                 interval: int = 1, late_head: bool = False) -> None:
         self.answer = answer
         self.done: asyncio.Future[bytes | Refused | None] = (
             asyncio.get_running_loop().create_future())
@@ -48,6 +49,8 @@ class Stream:
         self._silent = False
         self._late: deque[bytes] = deque()  # events that drip
         self._result: bytes | Refused | None = None
+        self._held: list[bytes] | None = [] if late_head and self._shape.stream else None
+        self.has_begun = asyncio.Event()
 
     @property
     def tokens(self) -> int:
@@ -78,11 +81,27 @@ class Stream:
             if choice.reason is None and not self._silent:
                 self._closed(choice, choice.cut(reason))
 
+    def cut(self) -> None:
+        """Ends the connection in the middle."""
+        self._transport.close()
+
     def fail(self, error: Refused) -> None:
         """The engine is dead, or full."""
-        if self._shape.stream:
+        told = self._shape.stream and self._held != []  # else it is an answer without a stream
+        if told:
             self._send([error.event(), DONE])
-        self._resolve(None if self._shape.stream else error)
+        self._resolve(None if told else error)
+        self.has_begun.set()
+
+    @property
+    def head_waits(self) -> bool:
+        return self._held is not None
+
+    def begin(self) -> None:
+        """The head was sent."""
+        held, self._held = self._held, None
+        if held:
+            self._send(held)
 
     def _closed(self, choice: Choice, events: list[bytes]) -> None:
         """The last events of a choice, and after the last choice those of the stream."""
@@ -114,6 +133,10 @@ class Stream:
     def _send(self, events: Iterable[bytes]) -> None:
         """Each event is one HTTP chunk, as from uvicorn."""
         if self._transport.is_closing():
+            return
+        if self._held is not None:
+            self._held += events
+            self.has_begun.set()
             return
         if self._fault.kind == "slice":
             n = faults.SLICE_BYTES
