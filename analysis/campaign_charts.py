@@ -32,21 +32,26 @@ def of(table: Table) -> list[Chart]:
     if table.name == "cost" and "tokens per GPU-second" in f:
         return [_bars(f, [c], c) for c in heads if c.startswith(("tokens per", "million tokens"))]
     if table.name == "structured" and "valid, %" in f:
-        return [_bars(f, ["valid, %"], "valid, %")]
+        return [_bars(f, ["valid, %"], "valid, %", by="workload")]
     return []
 
 
-def _long(f: pd.DataFrame, columns: list[str]) -> list[dict[str, Any]]:
+def _long(f: pd.DataFrame, columns: list[str], by: str | None = None) -> list[dict[str, Any]]:
     rows = []
     for r in f.to_dict("records"):
         for c in columns:
             if pd.notna(r.get(c)):
                 half = r.get(f"{PLUS_MINUS}{c}")
                 half = 0.0 if half is None or pd.isna(half) else half
-                rows.append({"server": r["server"], "what": c.rpartition(", ")[0] or c,
+                lo, hi = r.get("low, %", max(0.0, r[c] - half)), r.get("high, %", r[c] + half)
+                rows.append({"server": r["server"], "what": r[by] if by else _what(c),
                              "text": f"{r[c]:,.0f}" if r[c] >= 100 else f"{r[c]:.3g}",
-                             "value": r[c], "lo": max(0.0, r[c] - half), "hi": r[c] + half})
+                             "value": r[c], "lo": lo, "hi": hi})
     return rows
+
+
+def _what(column: str) -> str:
+    return column.rpartition(", ")[0] or column
 
 
 def _colour(rows: list[dict[str, Any]]) -> alt.Color:
@@ -56,9 +61,9 @@ def _colour(rows: list[dict[str, Any]]) -> alt.Color:
         legend=None if len(names) == 1 else alt.Legend(labelLimit=260, columns=2))
 
 
-def _bars(f: pd.DataFrame, columns: list[str], title: str) -> Chart:
-    """Grouped bars with their intervals."""
-    rows = _long(f, columns)
+def _bars(f: pd.DataFrame, columns: list[str], title: str, by: str | None = None) -> Chart:
+    """Grouped bars with their intervals: a bar for each column, or each row's `by`."""
+    rows = _long(f, columns, by)
     names = list(dict.fromkeys(r["server"] for r in rows))
     wide = len({r["what"] for r in rows}) > 1
     y = alt.Y("server:N", sort=names, title=None, axis=alt.Axis(

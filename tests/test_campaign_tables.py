@@ -12,6 +12,7 @@ import pytest
 
 from analysis import (
     campaign_answers,
+    campaign_charts,
     campaign_load,
     campaign_report,
     campaign_tables,
@@ -288,6 +289,29 @@ def test_structured_output_is_told_by_kind_of_error() -> None:
     assert found.loc["two", "wrong field name, %"] == 0
     assert found.loc["one", "low, %"] == pytest.approx(91.48, abs=0.01)  # Clopper and Pearson
     assert found.loc["one", "high, %"] == pytest.approx(99.38, abs=0.01)
+
+
+def test_structured_output_has_a_row_for_each_workload_and_one_for_all_of_a_server(
+        tmp_path: Path) -> None:
+    folder = Folder(tmp_path, work("asked", "structured"), work("forced", "structured"),
+                    work("cut", "structured"))
+    bad = [{"session": k, "ok": k >= 3, "kind": None if k >= 3 else "bad"} for k in range(4)]
+    good = [{"session": k, "ok": True} for k in range(6)]
+    folder.cell("one", "asked", [0.4] * 4, verdicts=bad)
+    folder.cell("one", "forced", [0.4] * 6, verdicts=good)
+    folder.cell("one", "cut", [0.4])
+    folder.cell("two", "forced", [0.4] * 6, verdicts=good)
+    table = campaign_answers.structured(folder.read())
+    for workload, told in (("asked", [4, 25, 75]), ("forced", [6, 100, 0]),
+                           ("all workloads", [10, 70, 30])):
+        r = row_of(table, server="one", workload=workload)
+        assert [r[c] for c in ("trials", "valid, %", "bad, %")] == pytest.approx(told)
+    assert row_of(table, workload="cut")["note"] == "its answers were not checked"
+    assert row_of(table, server="two")["workload"] == "forced"  # of one there is no total
+    [chart] = campaign_charts.of(table)
+    shown = str(chart.to_dict())
+    assert all(f"'what': '{x}'" in shown for x in ("asked", "forced", "all workloads"))
+    assert len(campaign_report.shown(table)[1]) == 5
 
 
 def test_retention_counts_questions_and_takes_dialogues_as_the_trials() -> None:
