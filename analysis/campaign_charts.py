@@ -68,8 +68,10 @@ def _bars(f: pd.DataFrame, columns: list[str], title: str, by: str | None = None
     wide = len({r["what"] for r in rows}) > 1
     y = alt.Y("server:N", sort=names, title=None, axis=alt.Axis(
         labelLimit=220, ticks=False, domain=False, labelOverlap=False))
-    x = alt.X("value:Q", title=title, axis=alt.Axis(tickCount=5),
-              scale=alt.Scale(domain=[0, 1.15 * max((r["hi"] for r in rows), default=1)]))
+    most = 1.15 * max((r["hi"] for r in rows), default=1)
+    share = {"values": [0, 20, 40, 60, 80, 100]} if title.endswith("%") else {"tickCount": 5}
+    x = alt.X("value:Q", title=title, axis=alt.Axis(**share),
+              scale=alt.Scale(domain=[0, most]))
     base = alt.Chart(data(rows)).encode(y=y, tooltip=[
         "server:N", "what:N", alt.Tooltip("value:Q", title=title, format=".4g")])
     whats = list(dict.fromkeys(r["what"] for r in rows))
@@ -79,6 +81,7 @@ def _bars(f: pd.DataFrame, columns: list[str], title: str, by: str | None = None
     height = max(90, len(names) * (16 * len(whats) + 12) + 30)
     return alt.layer(
         base.mark_bar(height={"band": 0.8}).encode(x=x, color=colour, **offset),
+        base.mark_rule(color=theme.PAPER, strokeWidth=4).encode(x="lo:Q", x2="hi:Q", **offset),
         base.mark_rule(color=theme.INK).encode(x="lo:Q", x2="hi:Q", **offset),
         base.mark_text(align="left", dx=6, color=theme.INK).encode(
             x="hi:Q", text="text:N", **offset),
@@ -123,7 +126,7 @@ def _line(f: pd.DataFrame, x: str, y: str) -> Chart:
     values = sorted({r["x"] for r in rows})
     base = alt.Chart(data(rows)).encode(
         x=alt.X("x:Q", title=x, scale=alt.Scale(type="log", base=2),
-                axis=alt.Axis(values=values, format="~s", grid=False)),
+                axis=alt.Axis(values=values, format=",~g", grid=False)),
         y=_upwards([r["y"] for r in rows]),
         color=_colour(rows), tooltip=["server:N", alt.Tooltip("x:Q", title=x),
                                    alt.Tooltip("y:Q", title=y, format=".4g")])
