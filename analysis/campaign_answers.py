@@ -10,7 +10,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.matrix import CONFIDENCE, Matrix, Measured, Table, by_server, frame_of, ran, why_not
+from analysis.matrix import (
+    CONFIDENCE,
+    Matrix,
+    Measured,
+    Table,
+    by_server,
+    frame_of,
+    grouped,
+    ran,
+    why_not,
+)
 from loadgen.campaign import TableName
 
 COLUMNS = ("server", "workload", "repeat", "cls", "session", "turn", "ok", "kind", "says")
@@ -18,6 +28,7 @@ RESAMPLES = 2000
 SURE = 0.95  # share of good answers that its lower bound must reach for a plain yes
 SIMULATED_WORDS = (" The simulator's words are no model's: it remembers and translates nothing, "
                    "which shows here; JSON and tools' arguments it makes by their schema.")
+ALL = "all workloads"  # in the place of one's name
 INTERVAL = "Low and high: the two-sided 95 % interval of the share (Clopper and Pearson)."
 
 
@@ -35,15 +46,19 @@ def findings(own: Sequence[Measured]) -> pd.DataFrame:
 
 
 def structured_of(f: pd.DataFrame) -> pd.DataFrame:
-    """Per server: the share of valid answers with its interval, and of each kind of error."""
+    """Per server and workload, and of several workloads all together: the share of valid answers
+    with its interval, and of each kind of error."""
     kinds = [k for k, _ in Counter(f["kind"].dropna()).most_common()]
     rows = []
-    for server, own in f.groupby("server", sort=False):
-        n, ok = len(own), int(own["ok"].sum())
-        lo, hi = share_interval(ok, n)
-        errors = Counter(own["kind"].dropna())
-        rows.append({"server": server, "trials": n, "valid, %": 100 * ok / n, "low, %": 100 * lo,
-                     "high, %": 100 * hi, **{f"{k}, %": 100 * errors[k] / n for k in kinds}})
+    for server, of_server in f.groupby("server", sort=False):
+        parts = [(str(w), own) for w, own in of_server.groupby("workload", sort=False)]
+        for workload, own in [*parts, *([(ALL, of_server)] if len(parts) > 1 else [])]:
+            n, ok = len(own), int(own["ok"].sum())
+            lo, hi = share_interval(ok, n)
+            errors = Counter(own["kind"].dropna())
+            rows.append({"server": server, "workload": workload, "trials": n,
+                         "valid, %": 100 * ok / n, "low, %": 100 * lo, "high, %": 100 * hi,
+                         **{f"{k}, %": 100 * errors[k] / n for k in kinds}})
     return pd.DataFrame(rows)
 
 
@@ -114,7 +129,8 @@ def over_sessions(ok: "np.ndarray[Any, Any]", n: "np.ndarray[Any, Any]") -> tupl
 
 
 def structured(matrix: Matrix) -> Table:
-    return Table("structured", "Structured output", _joined(matrix, "structured", structured_of),
+    return Table("structured", "Structured output",
+                 _joined(matrix, "structured", structured_of, ("server", "workload")),
                  f"Of the complete answers; failures of requests stand elsewhere. {INTERVAL}")
 
 
@@ -133,17 +149,21 @@ def features(matrix: Matrix) -> Table:
                  + SIMULATED_WORDS * matrix.simulated)
 
 
-def _joined(matrix: Matrix, table: TableName, of: Any) -> pd.DataFrame:
-    """With a row for servers that have no findings."""
+def _joined(matrix: Matrix, table: TableName, of: Any,
+            key: tuple[str, ...] = ("server",)) -> pd.DataFrame:
+    """With a row for what has no findings; a server of which nothing ran has one row."""
     cells = matrix.of(table)
     f = findings(cells)
-    told = of(f) if len(f) else pd.DataFrame({"server": []})
-    known = set(told["server"])
-    notes = []
-    for server, own in by_server(cells):
-        note = why_not(own)
-        if server not in known and not note:
-            note = "its answers were not checked"
-        notes.append({"server": server, "note": note})
-    found = pd.DataFrame(notes).merge(told, on="server", how="left")
-    return frame_of(found[[c for c in found if c != "note"] + ["note"]].to_dict("records"))
+    told = of(f) if len(f) else pd.DataFrame(columns=list(key))
+    known = {tuple(r[k] for k in key): r for r in told.to_dict("records")}
+    rows: list[dict[Any, Any]] = []
+    for server, whole in by_server(cells):
+        if not ran(whole):
+            rows.append({"server": server, "note": why_not(whole)})
+            continue
+        for at, own in grouped(whole, lambda m: (m.server.name, m.work.name)[:len(key)]):
+            note = why_not(own) or ("" if at in known else "its answers were not checked")
+            rows.append({**dict(zip(key, at, strict=True)), **known.get(at, {}), "note": note})
+        if (together := known.get((server, ALL))) is not None:
+            rows.append({**together, "note": ""})
+    return frame_of(pd.DataFrame(rows, columns=[*told.columns, "note"]).to_dict("records"))

@@ -32,21 +32,26 @@ def of(table: Table) -> list[Chart]:
     if table.name == "cost" and "tokens per GPU-second" in f:
         return [_bars(f, [c], c) for c in heads if c.startswith(("tokens per", "million tokens"))]
     if table.name == "structured" and "valid, %" in f:
-        return [_bars(f, ["valid, %"], "valid, %")]
+        return [_bars(f, ["valid, %"], "valid, %", by="workload")]
     return []
 
 
-def _long(f: pd.DataFrame, columns: list[str]) -> list[dict[str, Any]]:
+def _long(f: pd.DataFrame, columns: list[str], by: str | None = None) -> list[dict[str, Any]]:
     rows = []
     for r in f.to_dict("records"):
         for c in columns:
             if pd.notna(r.get(c)):
                 half = r.get(f"{PLUS_MINUS}{c}")
                 half = 0.0 if half is None or pd.isna(half) else half
-                rows.append({"server": r["server"], "what": c.rpartition(", ")[0] or c,
+                lo, hi = r.get("low, %", max(0.0, r[c] - half)), r.get("high, %", r[c] + half)
+                rows.append({"server": r["server"], "what": r[by] if by else _what(c),
                              "text": f"{r[c]:,.0f}" if r[c] >= 100 else f"{r[c]:.3g}",
-                             "value": r[c], "lo": max(0.0, r[c] - half), "hi": r[c] + half})
+                             "value": r[c], "lo": lo, "hi": hi})
     return rows
+
+
+def _what(column: str) -> str:
+    return column.rpartition(", ")[0] or column
 
 
 def _colour(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,15 +69,17 @@ def _colour(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _bars(f: pd.DataFrame, columns: list[str], title: str) -> Chart:
-    """Grouped bars with their intervals."""
-    rows = _long(f, columns)
+def _bars(f: pd.DataFrame, columns: list[str], title: str, by: str | None = None) -> Chart:
+    """Grouped bars with their intervals: a bar for each column, or each row's `by`."""
+    rows = _long(f, columns, by)
     names = list(dict.fromkeys(r["server"] for r in rows))
     wide = len({r["what"] for r in rows}) > 1
     y = alt.Y("server:N", sort=names, title=None, axis=alt.Axis(
         labelLimit=220, ticks=False, domain=False, labelOverlap=False))
-    x = alt.X("value:Q", title=title, axis=alt.Axis(tickCount=5),
-              scale=alt.Scale(domain=[0, 1.15 * max((r["hi"] for r in rows), default=1)]))
+    most = 1.15 * max((r["hi"] for r in rows), default=1)
+    share = {"values": [0, 20, 40, 60, 80, 100]} if title.endswith("%") else {"tickCount": 5}
+    x = alt.X("value:Q", title=title, axis=alt.Axis(**share),
+              scale=alt.Scale(domain=[0, most]))
     base = alt.Chart(data(rows)).encode(y=y, tooltip=[
         "server:N", "what:N", alt.Tooltip("value:Q", title=title, format=".4g")])
     whats = list(dict.fromkeys(r["what"] for r in rows))
@@ -82,6 +89,7 @@ def _bars(f: pd.DataFrame, columns: list[str], title: str) -> Chart:
     height = max(90, len(names) * (16 * len(whats) + 12) + 30)
     return alt.layer(
         base.mark_bar(height={"band": 0.8}).encode(x=x, color=colour, **offset),
+        base.mark_rule(color=theme.PAPER, strokeWidth=4).encode(x="lo:Q", x2="hi:Q", **offset),
         base.mark_rule(color=theme.INK).encode(x="lo:Q", x2="hi:Q", **offset),
         base.mark_text(align="left", dx=6, color=theme.INK).encode(
             x="hi:Q", text="text:N", **offset),
@@ -127,7 +135,7 @@ def _line(f: pd.DataFrame, x: str, y: str) -> Chart:
     values = sorted({r["x"] for r in rows})
     base = alt.Chart(data(rows)).encode(
         x=alt.X("x:Q", title=x, scale=alt.Scale(type="log", base=2),
-                axis=alt.Axis(values=values, format=",d", grid=False)),
+                axis=alt.Axis(values=values, format=",~g", grid=False)),
         y=_upwards([r["y"] for r in rows]),
         tooltip=["server:N", alt.Tooltip("x:Q", title=x),
                  alt.Tooltip("y:Q", title=y, format=".4g")])

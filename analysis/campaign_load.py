@@ -55,9 +55,10 @@ def stability(own: Iterable[Measured]) -> Stability:
         return Stability("unknown", "measurement invalid")
     criteria = next(m.run.criteria for m in there if m.run is not None)
     good, n = sum(j.good for j in usable), sum(j.n for j in usable)
-    share = f"{good} of {n} met the SLO"
+    share = f"{good:,} of {n:,} met the SLO"
     if any(j.distress for j in usable):
-        return Stability("no", next(j.reasons[0] for j in usable if j.distress))
+        why = next(j.reasons[0] for j in usable if j.distress)
+        return Stability("no", why + f" (one of {len(usable)} repeats)" * (len(usable) > 1))
     if metrics.upper_bound(good, n, criteria.confidence) < criteria.target:
         return Stability("no", share)
     preempted = sum(m.row["preemptions"] for m in there if pd.notna(m.row["preemptions"]))
@@ -191,16 +192,29 @@ def safe(matrix: Matrix) -> Table:
             rows.append({
                 "server": server, "workload": work, "axis": m.run.axis,
                 "verdict": c.load, "safe up to": c.safe, "unsafe from": c.unsafe,
-                "met the SLO": f"{c.proof.good} of {c.proof.n}" if c.proof else "",
+                "met the SLO": f"{c.proof.good:,} of {c.proof.n:,}" if c.proof else "",
                 "knee": knee.value if knee else None,
                 "peak, requests/s": knee.peak_rps if knee else None,
                 "TTFT p50, ms": _scaled(at[0]["ttft_p50_s"], 1000) if at else None,
                 "TPOT p50, ms": _scaled(at[0]["tpot_p50_s"], 1000) if at else None,
-                "note": why_not([m])})
+                f"requests per {matrix.campaign.currency}": safe_per_money(m),
+                "note": why_not([m]) or "its limit lies higher: no load above was tried"
+                * (c.safe is not None and c.at_least)})
         if not ran(own):
             rows.append({"server": server, "workload": work, "note": why_not(own)})
     return Table("safe", "Largest safe load", frame_of(rows),
-                 "Found by a sweep and proved by a hold-out; latencies are at the safe level.")
+                 "Found by a sweep and proved by a hold-out; latencies are at the safe level, and "
+                 "so are the answers for the money, at the campaign file's price per GPU-hour.")
+
+
+def safe_per_money(m: Measured) -> float | None:
+    """Answers per unit of money at the safe load; None where none was found, or no price."""
+    if m.run is None or m.run.is_run or not m.run.legs or not m.server.price_per_gpu_hour:
+        return None
+    level = m.run.conclusion.safe
+    rps = interval(j.achieved_rps for j in m.run.judgements
+                   if j.value == level and j.phase in ("confirm", "soak"))[0]
+    return _scaled(rps, 3600 / m.server.price_per_gpu_hour / m.server.tensor_parallel)
 
 
 def throttled(matrix: Matrix) -> Table:
@@ -212,7 +226,7 @@ def throttled(matrix: Matrix) -> Table:
         n = sum(outcomes.values())
         refused, ok = outcomes[Outcome.THROTTLED.value], outcomes[Outcome.OK.value]
         rows.append({
-            "server": server, "asked for": load, "requests": n or None,
+            "server": server, "asked for, requests/s": load, "requests": n or None,
             "answered, %": _percent(ok / n if n else None),
             "throttled, %": _percent(refused / n if n else None),
             "failed, %": _percent((n - ok - refused) / n if n else None),
@@ -248,7 +262,7 @@ def _most(there: Iterable[Measured], name: str) -> float | None:
 
 def _met(there: list[Measured]) -> str:
     good, n = sum(_column(there, "good")), sum(_column(there, "n"))
-    return f"{good:.0f} of {n:.0f} ({steps.percent(good / n)})" if n else ""
+    return f"{good:,.0f} of {n:,.0f} ({steps.percent(good / n)})" if n else ""
 
 
 def _percent(share: float | None) -> float | None:

@@ -36,7 +36,9 @@ TABLES: dict[TableName, Callable[[Matrix], Table]] = {  # in the order of the re
 SIMULATED = ("Simulated: figures of the embedded simulator, not of hardware. It has no noise of "
              "its own, so that an interval over repeats shows only the chance of lengths and "
              "arrivals.")
-TEXT_COLUMNS = frozenset({"note", "options", "why it ended", "died of", "repeats itself"})
+WORDS = frozenset({"note", "options", "why it ended", "died of", "repeats itself", "workload",
+                   "task", "model", "back end", "weights", "axis", "verdict"})  # columns of them
+LONG = 30  # letters of a cell that is broken into lines
 TONES = {"yes": "safe", "no": "unsafe", "near": "suspect"}
 
 
@@ -110,6 +112,8 @@ def markdown(found: Matrix, tables: list[Table], said: list[str]) -> str:
         lines += [text, ""] if text else []
     for t in tables:
         heads, rows = shown(t)
+        if heads[-1] == "note":
+            rows = [[*r[:-1], "–" if _is_said(r) else r[-1]] for r in rows]
         lines += [f"## {title(found, t)}", "", f"| {' | '.join(heads)} |",
                   "|" + "---|" * len(heads),
                   *("| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in rows), ""]
@@ -139,12 +143,14 @@ def _head(found: Matrix, said: list[str]) -> Iterator[str]:
     yield f'<p class="about">{escape(" · ".join(x for x in about if x))}</p>'
     mark = '<span class="badge note">SIMULATED SERVERS</span>' if found.simulated else ""
     headline, _, reason = said[0].partition(": ")
-    rest = [reason[:1].upper() + reason[1:], *_about(found, headline, said)]
+    if reason != said[0]:
+        reason = reason[:1].upper() + reason[1:]
+    rest = [reason, *_about(found, headline, said)]
     verdicts = [x for x in said if x.partition(": ")[2].startswith(VERDICTS)]
     if said[0] in verdicts:
         headline, rest = "What each server can take", verdicts[:SHOWN]
     rest += said[-1:] if found.simulated and len(said) > 2 else []
-    text = "".join(f"<p>{escape(x)}</p>" for x in rest if x)
+    text = "".join(f"<p>{report._unbroken(escape(x))}</p>" for x in rest if x)
     yield (f'<section class="verdict unresolved">{mark}<h1>{escape(headline)}</h1>{text}'
            "</section>")
     if found.simulated:
@@ -167,7 +173,7 @@ def _section(found: Matrix, t: Table, drawn: list[charts.Chart]) -> Iterator[str
     figures = [report._figure(drawn, x) for x in campaign_charts.of(t)]
     yield f'<div class="pair">{"".join(figures)}</div>' if len(figures) > 1 else "".join(figures)
     yield _table(t)
-    yield f'<p class="muted">{escape(t.note)}</p>' if t.note else ""
+    yield f'<p class="muted">{report._unbroken(escape(t.note))}</p>' if t.note else ""
 
 
 def _table(t: Table) -> str:
@@ -176,7 +182,8 @@ def _table(t: Table) -> str:
     if heads[-1] == "note":
         notes = ["" if _is_said(r) else r[-1] for r in rows]
         heads, rows = heads[:-1], [r[:-1] for r in rows]
-    top = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    top = "".join(f'<th class="words">{escape(h)}</th>' if h in WORDS else
+                  f"<th>{escape(h)}</th>" for h in heads)
     body = "".join(_tr(heads, r, note) for r, note in zip(rows, notes, strict=True))
     return (f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
             "</table></div>")
@@ -198,12 +205,16 @@ def _tr(heads: list[str], row: list[str], note: str) -> str:
 
 
 def _td(head: str, cell: str) -> str:
-    kind = "text" if head in TEXT_COLUMNS and len(cell) > 12 else ""
+    kind, text = "", escape(cell)
+    if head in WORDS:
+        kind = "words text" if len(cell) > LONG else "words"
+    if head == "options":  # which are not to be broken where they have a hyphen
+        text = " ".join(f"<span>{escape(x)}</span>" for x in cell.split(" "))
     if head.endswith("?"):
         kind = TONES.get(cell.partition(":")[0].split(" ")[0], "")
-    return f'<td class="{kind}">{escape(cell)}</td>' if kind else f"<td>{escape(cell)}</td>"
+    return f'<td class="{kind}">{text}</td>' if kind else f"<td>{text}</td>"
 
 
 def _end(said: list[str]) -> Iterator[str]:
     yield '<h2 id="deploy">What to deploy</h2>'
-    yield "".join(f"<p>{escape(x)}</p>" for x in said)
+    yield "".join(f"<p>{report._unbroken(escape(x))}</p>" for x in said)

@@ -77,7 +77,7 @@ def memory(matrix: Matrix) -> Table:
                   for g in m.run.gpus if g.memory_total_bytes is not None]
         peak = max(peaks, default=None)
         rows.append({
-            "server": server, "GPUs": own[0].server.tensor_parallel,
+            "server": server, "GPUs": own[0].server.tensor_parallel if there else None,
             "after load, GiB": loaded, "peak, GiB": peak,
             "increase, GiB": None if loaded is None or peak is None else peak - loaded,
             "of, GiB": max(totals, default=None), "KV cache, tokens": _kv_cache_tok(there),
@@ -151,7 +151,7 @@ def longest_output(matrix: Matrix) -> Table:
         for m in there:
             ends.update(_finish_reasons(m))
         rows.append({
-            "server": server, "asked, tokens": own[0].work.output_tokens,
+            "server": server, "asked, tokens": own[0].work.output_tokens if there else None,
             **spread("produced, tokens", [m.answers["output_tok"].mean() for m in there]),
             **spread("time, s", [m.answers["e2e_s"].mean() for m in there]),
             **spread("speed, tok/s", [_whole_tok_s(m) for m in there]),
@@ -174,7 +174,7 @@ def tasks(matrix: Matrix) -> Table:
             **spread("TTFT, ms", [_ms(m.answers["ttft_s"].mean()) for m in there]),
             **spread("E2E, s", [m.answers["e2e_s"].mean() for m in there]),
             **spread("speed, tok/s", [_decode_tok_s(m) for m in there]),
-            "met the SLO": f"{good:.0f} of {n:.0f}" if n else "", **_counts(own)})
+            "met the SLO": f"{good:,.0f} of {n:,.0f}" if n else "", **_counts(own)})
     return Table("tasks", "Tasks", frame_of(rows), f"Speed: 1 / TPOT. {REPEATS}")
 
 

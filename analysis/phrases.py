@@ -25,9 +25,11 @@ def unit(run: Run) -> str:
 
 
 def slo_of(run: Run) -> str:
-    """The limits in words: "TTFT ≤ 2 s and TPOT ≤ 50 ms"."""
+    """What makes an answer good, in words: "TTFT ≤ 2 s and TPOT ≤ 50 ms with a valid answer"."""
     own = {run.scenario.slo_of(c.name) for c in run.scenario.classes}
-    return limits(own.pop()) if len(own) == 1 else "the limits of their class"
+    said = limits(own.pop()) if len(own) == 1 else "the limits of their class"
+    checked = run.scenario.judges_answers and not run.manifest.server.get("virtual_time")
+    return said + " with a valid answer" * checked
 
 
 def limits(slo: Slo) -> str:

@@ -69,6 +69,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 th:first-child { background: var(--wash); }
 td:first-child, th:first-child { padding-left: 12px; }
 th:nth-child(2):last-child { text-align: left; }
+th.words, td.words { text-align: left; } td.words span { white-space: nowrap; }
 td.text { text-align: left; white-space: normal; min-width: 240px; overflow-wrap: anywhere; }
 td.safe, td.unsafe, td.invalid, td.suspect { color: var(--tone); font-weight: 600; }
 .findings { list-style: none; padding: 0; margin: 12px 0; }

@@ -3,6 +3,7 @@ what stands in the way of more, what to do."""
 
 from collections.abc import Sequence
 
+from analysis import not_valid
 from analysis.frame import Run
 from analysis.phrases import (
     MISSES,
@@ -49,6 +50,8 @@ def _sweep(run: Run, c: Conclusion) -> list[str]:
                 f"{count(worst.n, 'request')})" if worst.upper < c.target else "")
         lower = ("No load is left to keep: loosen the limits, or use a faster server."
                  if c.unsafe <= 1 else "Look for a safe load below it, with --levels.")
+        if not_valid.is_why(run, worst):
+            lower = not_valid.advice(run, worst)
         return [f"Not safe at any tested level, from {load_of(run, c.unsafe)} up{sure}.",
                 cause(run, worst), _mend(worst) or lower]
     return _unresolved(run, c)
@@ -140,10 +143,14 @@ def _one(run: Run, j: Judgement) -> list[str]:
                 "Of higher loads it says nothing: `loadgen sweep` finds the largest safe one."]
     if j.load == "UNSAFE":
         sure = f" ({_sure(run)} < {target} meet {share})" if j.upper < run.criteria.target else ""
+        if not_valid.is_why(run, j):
+            return [f"Not met at {where}: too few answers are valid{sure}.", cause(run, j),
+                    not_valid.advice(run, j)]
         return [f"Not met at {where}{sure}.", cause(run, j),
                 "Try a lower load: `loadgen sweep` finds the largest safe one."]
     return [f"Unresolved at {where}: {j.good} of {j.n} met {slo_of(run)}, and the true share may "
             f"be anything from {_between(run, [j])}.",
+            not_valid.says(run, j) if not_valid.is_why(run, j) else
             f"Asked for is {target} with {percent(run.criteria.confidence)} confidence.",
             _settle(run, [j], "--duration")]
 
@@ -158,8 +165,9 @@ def _several(run: Run) -> list[str]:
                 "Of higher loads it says nothing: `loadgen sweep` finds the largest safe one."]
     first = min(bad, key=lambda j: ((j.load != "UNSAFE" and not j.died), j.value))
     what = ("the server died" if first.died else "it was not measured"
-            if first.measurement == "INVALID" else "the limits were not met"
-            if first.load == "UNSAFE" else "it is unresolved")
+            if first.measurement == "INVALID" else "it is unresolved"
+            if first.load != "UNSAFE" else "too few answers were valid"
+            if not_valid.is_why(run, first) else "the limits were not met")
     said = _one(run, first)
     return [f"Of {len(run.judgements)} loads ({total}) {len(bad)} did not pass; at {first.value:g} "
             f"{what}.", said[1], said[2]]
@@ -172,6 +180,8 @@ def cause(run: Run, j: Judgement) -> str:
     """What went wrong at a level that is not safe, the deepest cause that is known."""
     if j.died:
         return f"At {j.value:g} {next(iter(j.reasons), 'the server died')}."
+    if not_valid.is_why(run, j):
+        return not_valid.says(run, j)
     signs = next((s for (leg, _), s in zip(run.legs, run.signs, strict=True) if leg.id == j.leg),
                  ServerSigns())
     full = (signs.kv_full_frac or 0.0) > KV_FULL_FRAC
@@ -236,6 +246,8 @@ def _settle(run: Run, legs: Sequence[Judgement], option: str) -> str:
     good, n = sum(j.good for j in legs), sum(j.n for j in legs)
     miss = (n - good) / n if n else 0.0
     more = metrics.needed_n(run.criteria.target, miss, run.criteria.confidence)
+    if more is None and legs and not_valid.is_why(run, legs[-1]):
+        return not_valid.advice(run, legs[-1])
     if more is None:
         return (f"If that share stays, {percent(run.criteria.target)} is missed: a longer run "
                 f"would show it ({option}), a lower load may hold.")

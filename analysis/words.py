@@ -9,7 +9,7 @@ import msgspec
 import pandas as pd
 from msgspec import Struct
 
-from analysis import ceiling, generator, limits, steps, three
+from analysis import ceiling, generator, limits, not_valid, steps, three
 from analysis import knee as knees
 from analysis.ceiling import Ceiling
 from analysis.frame import Run
@@ -59,7 +59,9 @@ def answer(run: Run) -> Answer:
     else:
         verdict = of_sweep(run, run.conclusion, knee)
     more = [] if knee is None or holds is None else [ceiling.says(holds)]
-    if binds is not None and (knee is not None or verdict.load == "UNSAFE"):
+    invalid = knee is None and all(j.load != "UNSAFE" or not_valid.is_why(run, j)
+                                   for j in run.judgements)  # then nothing that load meets binds
+    if binds is not None and not invalid and (knee is not None or verdict.load == "UNSAFE"):
         more.append(limits.says(binds))
     if verdict.measurement != "INVALID":
         verdict = msgspec.structs.replace(verdict, sentences=_after_the_knee(verdict, more))

@@ -197,8 +197,9 @@ class Board:
                  "to anything", now.lag_s),
                 ("generator_cpu_ratio", "Of a core, the busiest generator process, over the leg",
                  now.cpu_frac),
-                ("attainment_ratio", "Share of good ones among the measured requests of the leg "
-                 "so far", now.good / now.sampled if now.sampled else None),
+                ("attainment_ratio", "Share of the measured requests of the leg so far that met "
+                 "every limit; answers are checked when it is over",
+                 now.good / now.sampled if now.sampled else None),
                 ("attainment_lower_bound_ratio", "One-sided lower bound of that share",
                  metrics.lower_bound(now.good, now.sampled, self._confidence)
                  if now.sampled else None)):

@@ -153,6 +153,7 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     findings = validity.check(leg, window, sample, len(records), signs.late_step_frac, signs.blind,
                               books, headroom.beyond(records, criteria.calibration))
     findings += validity.repeats(scenario, records)
+    findings += validity.early(leg, window, scenario, sample, records)
     if not leg.again:
         findings += validity.reuse(scenario, sample, signs.prefix_hit_frac, signs.preemptions,
                                    leg.load)

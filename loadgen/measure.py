@@ -56,7 +56,7 @@ def measure(name: str, server_options: Sequence[str], options: dict[str, Any], d
             options["processes"], *most, options["base_url"]),
         command=click.get_current_context().meta[WORDS], patience_s=options["start_timeout"],
         gpus=options["gpus"], metrics_at=options["metrics_port"])
-    result = do(session, View(console, budget_s))
+    result = do(session, View(console, budget_s, chosen.judges_answers))
     code = conclude(out, None, options["report"], result)
     raise SystemExit(code)
 
@@ -94,8 +94,8 @@ def go_on(folder: Path, server_options: Sequence[str], given: dict[str, Any]) ->
         headers=headers_of(options), processes=before.manifest.processes,
         command=before.manifest.command[1:], patience_s=options["start_timeout"],
         gpus=options["gpus"], metrics_at=given["metrics_port"])
-    result = runner.run_sweep(session, before.plan, View(plain_console(), before.plan.budget_s),
-                              options["unit_step"], before)
+    view = View(plain_console(), before.plan.budget_s, session.scenario.judges_answers)
+    result = runner.run_sweep(session, before.plan, view, options["unit_step"], before)
     raise SystemExit(conclude(folder, None, given["report"], result))
 
 

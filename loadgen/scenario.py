@@ -214,6 +214,11 @@ class Scenario(_Frozen, frozen=True):
         """Slots of a closed loop rest by plan."""
         return any(c.think_s is not None for c in self.classes)
 
+    @property
+    def judges_answers(self) -> bool:
+        """Of some class, an answer that is not valid is a miss."""
+        return any(c.validator is not None and c.validator.counts for c in self.classes)
+
     def slo_of(self, cls: str) -> Slo:
         """The class's own limits over the scenario's."""
         return merge_slo(self.slo, self.of(cls).slo)

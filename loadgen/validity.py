@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from loadgen import metrics
+from loadgen import metrics, turns
 from loadgen.balance import Balance, Tally, lingered, own_lateness_s, stalls_inside
 from loadgen.headroom import Share, rounded
 from loadgen.leg import Health, Leg, Window
@@ -48,6 +48,8 @@ REUSED_SUSPECT = 0.05  # of the prompts' tokens, more than the scenario declares
 REUSED_INVALID = 0.10  # … a tenth of the prefill was not done, and TTFT and throughput flatter
 REUSED_TOK = 64  # a chat template's words, in whole blocks, are the same in every prompt
 REPEATED_SUSPECT = 0.05  # of the prompts, for the same reason
+FIRST_TURNS = 0.8  # of the way to the turns of whole sessions: a window of one session, from a
+# start in step, comes to about that, and histories are that much shorter
 REUSED_LITTLE = 0.5  # of what is declared: the cache is off, or too small for the load
 CLOCK_SUSPECT_S = 0.010  # a worker's clock against the master's: curves are joined by it
 VOID_INVALID = 0.5  # a leg that lost half of its sample to host stalls is no measurement
@@ -347,6 +349,30 @@ def repeats(mix: Scenario, records: Sequence[RequestRecord]) -> list[Finding]:
                 "TTFT and throughput flatter", "a larger file, fewer requests, or a server "
                 "without prefix caching"))
     return found
+
+
+def early(leg: Leg, window: Window, mix: Scenario, sample: Sequence[RequestRecord],
+          records: Sequence[RequestRecord]) -> list[Finding]:
+    """Users of the window had not come as far into their sessions as users come. Where so many
+    sessions were asked for, all are whole; what broke off is told as such. `records`: all of the
+    leg's."""
+    if leg.num_sessions is not None or window.ending != "done":
+        return []
+    least = min(turns.of(mix, sample, records), key=lambda d: d.frac, default=None)
+    if least is None:
+        return []
+    length_s, whole_s = ((window.to_ns - x) / 1e9 for x in (window.from_ns, window.t0_ns))
+    nobody_ended = (least.session_s or 0.0) > whole_s and least.seen < least.whole
+    if least.frac >= FIRST_TURNS and not nobody_ended:
+        return []
+    each = (f"about {least.session_s:.2g} s" if least.session_s is not None else
+            "longer than all of the leg")
+    return [Finding(
+        "first-turns", "SUSPECT", f"requests of class {least.cls} were turn no. {least.seen:.1f} "
+        f"of their sessions in the mean, and of whole sessions it is no. {least.whole:.1f}: the "
+        f"window of {length_s:.3g} s saw mostly early turns, whose prompts are the shortest (a "
+        f"session takes {each})", "--duration and --warmup of several sessions each, or "
+        "--num-prompts, which counts whole sessions; of a search, more --budget")]
 
 
 def _tokens(records: Sequence[RequestRecord]) -> list[Finding]:

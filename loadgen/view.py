@@ -29,10 +29,13 @@ class Listener(Protocol):
 
 
 class View:
-    """Use as `with View(…) as view`. `budget_s`: of the whole search; None for a single leg."""
+    """Use as `with View(…) as view`. `budget_s`: of the whole search; None for a single leg.
+    `checks_later`: answers are checked when their leg is over, and one that is not valid is a miss;
+    until then nobody knows which of them are good."""
 
-    def __init__(self, console: Console, budget_s: float | None = None) -> None:
-        self._console, self._budget_s = console, budget_s
+    def __init__(self, console: Console, budget_s: float | None = None,
+                 checks_later: bool = False) -> None:
+        self._console, self._budget_s, self._checks_later = console, budget_s, checks_later
         self._began = time.monotonic()
         self._done: list[tuple[Leg, Judgement]] = []
         self._now: Progress | None = None
@@ -112,7 +115,10 @@ class View:
         state = ("stopping" if now.stopping
                  else "draining" if now.leg.measure_s and now.elapsed_s > total_s
                  else "warm-up" if now.elapsed_s < now.leg.warmup_s else "measuring")
-        good = f"{now.good}/{now.sampled} good" if now.sampled else f"{now.done} done"
+        good = f"{now.done} done"
+        if now.sampled:
+            good = f"{now.good}/{now.sampled} " + (
+                "in time, not yet checked" if self._checks_later else "good")
         here, whole, of = now.elapsed_s, total_s, f"/{total_s:.0f}"
         if now.leg.num_sessions is not None:  # a number of requests takes as long as it takes
             here, whole, of = float(now.done), float(now.leg.num_sessions), ""

@@ -296,14 +296,16 @@ class _LegRun:
             self._drop(request_id, Outcome.SERVER_ERROR_EVENT, again=False)
 
     def close(self) -> Window:
-        """Ends what is in flight."""
+        """Ends what is in flight. Arrivals went as far as now, and what the front end still had to
+        write may come later: that is no part of the window, of a leg that was left early."""
+        stopped_ns = round(self.now_s * NS) + 1000  # with what is due at this very instant
         self._write(self._front.begin(math.inf))
         if self._given:  # what was made is seen, too
             self.now_s = max(self.now_s, self._given[-1] / 1e6 + 1e-6)
         end_ns = round(self.now_s * NS)
         for request_id in list(self._flying):
             self._drop(request_id, Outcome.CANCELLED, again=False)
-        to_ns = end_ns if self._to_ns is None else min(self._to_ns, end_ns)
+        to_ns = end_ns if self._to_ns is None else min(self._to_ns, end_ns, stopped_ns)
         return Window(self.leg.id, round(self.t0_s * NS), self._from_ns, max(self._from_ns, to_ns),
                       end_ns, self._ending, records=len(self.done), note=self._note, alone=True)
 

@@ -22,7 +22,7 @@ from analysis import (
 from loadgen import cells
 from loadgen.campaign import Campaign, Cell, ServerRow, TableName, Workload
 from loadgen.cells import Done, Kept, Refusal
-from loadgen.leg import Ending, Window
+from loadgen.leg import Ending, Phase, Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.store import Row, RunFolder, Verdict
 from tests import synthetic
@@ -65,6 +65,20 @@ class Folder:
         self.done.append(Done(Cell(server, work, folder, ("run",), "mix", load, prompt_tok, repeat),
                               "done", code))
         return records
+
+    def sweep(self, server: str, work: str, takes_s: float, safe: int = 2) -> None:
+        """A search that ended at its largest level, which was confirmed."""
+        legs, records = [], []
+        phases: tuple[Phase, ...] = ("ladder", "confirm", "confirm")
+        for i, phase in enumerate(phases):
+            one = synthetic.leg(safe, phase, 40.0, 0.0, replicate=i)
+            t0 = (100 + 100 * i) * S
+            records += [synthetic.answer_of(one, t0 + k * S // 4, takes_s, seq=200 * i + k)
+                        for k in range(160)]
+            legs.append((one, Window(one.id, t0, t0, t0 + 40 * S, t0 + 60 * S, "done")))
+        folder = f"{server}/{work}"
+        synthetic.write_plain(self.path / folder, Plain(legs, records), server={"kind": "vllm"})
+        self.done.append(Done(Cell(server, work, folder, ("sweep",), "mix", None), "done", 0))
 
     def without(self, server: str, work: str, outcome: cells.Outcome, says: str = "",
                 refusal: Refusal | None = None) -> None:
@@ -291,6 +305,29 @@ def test_structured_output_is_told_by_kind_of_error() -> None:
     assert found.loc["one", "high, %"] == pytest.approx(99.38, abs=0.01)
 
 
+def test_structured_output_has_a_row_for_each_workload_and_one_for_all_of_a_server(
+        tmp_path: Path) -> None:
+    folder = Folder(tmp_path, work("asked", "structured"), work("forced", "structured"),
+                    work("cut", "structured"))
+    bad = [{"session": k, "ok": k >= 3, "kind": None if k >= 3 else "bad"} for k in range(4)]
+    good = [{"session": k, "ok": True} for k in range(6)]
+    folder.cell("one", "asked", [0.4] * 4, verdicts=bad)
+    folder.cell("one", "forced", [0.4] * 6, verdicts=good)
+    folder.cell("one", "cut", [0.4])
+    folder.cell("two", "forced", [0.4] * 6, verdicts=good)
+    table = campaign_answers.structured(folder.read())
+    for workload, told in (("asked", [4, 25, 75]), ("forced", [6, 100, 0]),
+                           ("all workloads", [10, 70, 30])):
+        r = row_of(table, server="one", workload=workload)
+        assert [r[c] for c in ("trials", "valid, %", "bad, %")] == pytest.approx(told)
+    assert row_of(table, workload="cut")["note"] == "its answers were not checked"
+    assert row_of(table, server="two")["workload"] == "forced"  # of one there is no total
+    [chart] = campaign_charts.of(table)
+    shown = str(chart.to_dict())
+    assert all(f"'what': '{x}'" in shown for x in ("asked", "forced", "all workloads"))
+    assert len(campaign_report.shown(table)[1]) == 5
+
+
 def test_retention_counts_questions_and_takes_dialogues_as_the_trials() -> None:
     f = rows(*[("one", s, s < 9, None if s < 9 else "forgot a fact")
                for s in range(10) for _ in range(4)])
@@ -376,9 +413,27 @@ def test_the_report_is_remade_from_the_folders_alone(whole: Folder) -> None:
 
 def test_plain_words_say_what_to_deploy_up_to_what_load_and_why(whole: Folder) -> None:
     said = campaign_words.sentences(whole.read())
-    assert said[0].startswith("Deploy one, as many as you need, with at most 1 requests in flight")
-    assert any("one, ab: keep to 1; at 2 it is “no” (0 of 160 met the SLO)." in x for x in said)
+    assert said[0].startswith("Deploy one, as many as you need, with at most 1 request in flight")
+    assert "one, ab: keep to 1; at 2 it is not stable (0 of 160 met the SLO)." in said
     assert said[-1].startswith("All of this was simulated")
+
+
+def test_safe_loads_are_set_against_their_prices(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, Workload(name="mix", scenario="chat", what="sweep", tables=("safe",),
+                                       max_concurrency=2, budget="5m"))
+    for server, takes_s in (("one", 0.4), ("two", 0.2)):
+        folder.sweep(server, "mix", takes_s)
+    found = folder.read()
+    one, two = found.cells
+    rps = [float(np.mean([j.achieved_rps for j in m.run.judgements if j.phase == "confirm"]))
+           for m in (one, two) if m.run is not None]
+    r = row_of(campaign_load.safe(found), server="two")
+    assert r["requests per €"] == pytest.approx(rps[1] * 3600 / 0.5 / 2)  # of two GPUs
+    said = campaign_words.sentences(found)
+    assert said[0].startswith("Deploy one, as many as you need, with at most 2 concurrent requests")
+    assert f"{rps[0] * 3600 / 0.5:,.0f} requests per €" in said[0]
+    assert "was not driven to its limit" in said[0]
+    assert r["note"] == "its limit lies higher: no load above was tried"
 
 
 def test_without_a_load_nothing_is_said_of_what_holds(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ ALLOWED = {
     "record": "bulk openai sse",
     "metrics": "record scenario",
     "balance": "leg metrics record scenario",
-    "validity": "balance headroom leg metrics record scenario sources",
+    "turns": "record scenario",
+    "validity": "balance headroom leg metrics record scenario sources turns",
     "sequential": "", "settle": "",
     "judge": "balance headroom leg metrics record scenario sequential settle validity",
     "evidence": "judge leg metrics sequential soaks",
@@ -104,7 +105,7 @@ FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
                 "scenario", "telemetry.signs", "errors", "evidence", "exits", "headroom",
                 "terminal", "unit", "campaign", "cells", "answers", "openai",
-                "outputs"}
+                "outputs", "validate"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.measure", "loadgen.options", "loadgen.runner",
              "loadgen.selftest", "loadgen.virtual",
@@ -116,7 +117,7 @@ PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics
         "stages", "deadline", "plan", "sources", "datasets", "prompts", "scenario", "health",
         "target", "expect", "tasks", "validate", "repeats", "code", "schema", "telemetry.signs",
         "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger", "hosts.tallies",
-        "sessions", "dialogue", "talk", "recall"}
+        "sessions", "dialogue", "talk", "recall", "turns"}
 IMPURE = {"asyncio", "socket", "ssl", "time", "datetime", "threading", "subprocess", "random",
           "secrets", "os", "aiohttp", "http", "requests"}
 REQUESTS = {"loadgen.calibrate", "loadgen.doctor", "loadgen.telemetry.server"}

@@ -5,6 +5,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from scipy import stats
 
 from loadgen import openai, plan, prompts, scenario
+from loadgen import turns as depths
 from loadgen.errors import ScenarioError
 from loadgen.judge import Criteria, ServerSigns, judge
 from loadgen.leg import Leg, Window
@@ -299,6 +301,50 @@ def test_a_virtual_closed_loop_has_so_many_users_of_whom_some_think() -> None:
     assert judged.balance.slots_frac is None  # they rest by plan …
     assert judged.measurement == "VALID", judged.findings
     assert judged.balance.inflight_mean == pytest.approx(6 * mean_s / (mean_s + 4), rel=0.15)
+
+
+@pytest.mark.parametrize(("seconds", "warmup_s", "told"), [
+    (6.0, 0.0, True), (4.0, 1.0, True), (90.0, 0.0, False), (90.0, 30.0, False)])
+@pytest.mark.parametrize("load", [Closed(8), Open(PerSecond(3.0))])
+def test_a_virtual_window_shorter_than_a_session_is_told_to_see_mostly_first_turns(
+        load: Any, seconds: float, warmup_s: float, told: bool) -> None:
+    of = mix(turns=6, think="2s")  # a session takes some 15 s
+    window, records, signs = ran(of, load, seconds=seconds, warmup_s=warmup_s)
+    judged = judge(leg(load, warmup_s, seconds), window, records, signs, of, Criteria())
+    assert [f.rule for f in judged.findings] == ["first-turns"] * told
+    if told:
+        says = judged.findings[0].says
+        assert "and of whole sessions it is no. 3.5" in says
+        [took] = re.findall(r"a session takes about (\d+) s", says)
+        whole = [s for s in by_session(ran(of, load, n=20)[1]) if len(s) == 6]
+        real_s = np.mean([(s[-1].end_ns - s[0].due_ns) / S for s in whole])
+        assert float(took) == pytest.approx(real_s + 2, rel=0.2)
+        assert judged.measurement == "SUSPECT"
+
+
+def test_so_many_virtual_sessions_are_whole_and_nothing_is_said_of_their_turns() -> None:
+    of = mix(turns=6, think="2s")
+    window, records, signs = ran(of, Closed(8), n=8)
+    judged = judge(leg(Closed(8), n=8), window, records, signs, of, Criteria())
+    assert judged.findings == []
+
+
+@pytest.mark.parametrize(("turns", "whole"), [
+    (1, None), (5, 3.0), ({"dist": "uniform", "min": 2, "max": 4}, 19 / 9),
+    ({"dist": "lognormal", "median": 4, "sigma": 0.5, "min": 2, "max": 12}, None)])
+def test_the_mean_turn_of_whole_sessions_is_that_of_the_plan(turns: Any, whole: Any) -> None:
+    of = mix(turns=turns)
+    planned = itertools.islice(plan.sessions(of, leg(Closed(1))), 4000)
+    drawn = [k for s in planned for k in range(1, len(s.turns) + 1)]
+    records = [RequestRecord(leg="l", shard=0, seq=0, session=0, turn=0, cls="a", due_ns=0,
+                             end_ns=1, outcome=Outcome.OK)]
+    found = depths.of(of, records, records)
+    assert bool(found) == (turns != 1)
+    for depth in found:
+        assert depth.whole == pytest.approx(np.mean(drawn), rel=0.02)
+        assert depth.chance == pytest.approx(2 * np.std(drawn), rel=0.02)
+        assert whole is None or depth.whole == pytest.approx(whole)
+        assert depth.session_s is None
 
 
 def test_a_virtual_session_finds_its_history_in_the_prefix_cache() -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from loadgen import cli, metrics, plan, scenario
-from loadgen.judge import ServerSigns
+from loadgen.judge import Criteria, ServerSigns, judge
 from loadgen.leg import Leg, Window
 from loadgen.record import Outcome, RequestRecord
 from loadgen.scenario import Closed, Load, Open, PerSecond, Scenario, Trace
@@ -64,6 +64,19 @@ def test_an_open_loop_sends_when_the_plan_says() -> None:
     due_s = sorted((r.due_ns - window.t0_ns) / 1e9 for r in records)
     wanted = [s.due_s for s, _ in zip(plan.sessions(MIXED, leg(load)), due_s, strict=False)]
     assert due_s == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_window_of_an_open_leg_that_is_left_ends_with_its_arrivals() -> None:
+    """Not where the front end, seconds behind, would have written its last token."""
+    one = Leg(id="l", axis="rate", value=70, phase="poisson", replicate=0, seed=3,
+              load=Open(PerSecond(70.0)), warmup_s=10, measure_s=60, cut_below=0.95)
+    executor = VirtualExecutor(MIXED, config("--gpu", "h200"))
+    window, records, signs = asyncio.run(executor.run_leg(one))
+    assert window.ending == "cut"
+    assert window.end_ns - window.to_ns > 1e9
+    assert 0 < window.to_ns - max(r.due_ns for r in records) < 0.2e9
+    judged = judge(one, window, records, signs, MIXED, Criteria())
+    assert judged.measurement == "VALID", judged.findings
 
 
 def test_a_trace_ends_with_its_last_request() -> None:
