@@ -13,7 +13,7 @@ import aiohttp
 
 from loadgen import openai, plan, prompts, tasks
 from loadgen.client import Client
-from loadgen.dial import context_of
+from loadgen.dial import context_of, why_not
 from loadgen.errors import ScenarioError, ServerError
 from loadgen.net import now_ns
 from loadgen.prompts import Ratio
@@ -67,12 +67,14 @@ async def the_model(target: Target) -> str:
                     session.get(url, headers=target.headers, ssl=context_of(target.trust)
                                 ) as answer):
             if answer.status != 200:
-                raise ScenarioError(f"{url} says {answer.status}; give --model NAME (and "
-                                    "--api-key KEY if the server wants one)")
+                raise ScenarioError(f"{url} says {answer.status}: is an OpenAI-compatible server "
+                                    "there? If so, give --model NAME (and --api-key KEY if it "
+                                    "wants one)")
             said = await answer.json(content_type=None)
             names = [str(m["id"]) for m in said["data"]]
     except (aiohttp.ClientError, TimeoutError, OSError) as e:
-        raise ServerError(f"{target.base_url} cannot be reached: {e}") from e
+        raise ServerError(f"{target.base_url} cannot be reached: {why_not(e)}. Is the server "
+                          "running, and this its address?") from e
     except (ValueError, KeyError, TypeError) as e:
         raise ScenarioError(f"{url} does not list models; give --model NAME") from e
     if len(names) == 1:

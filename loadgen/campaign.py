@@ -144,8 +144,11 @@ def load(path: Path) -> Campaign:
     """The campaign of a file, checked. Raises ScenarioError."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise ScenarioError(f"{path}: {e}") from e
+    except OSError as e:
+        raise ScenarioError(f"{path}: cannot be read: {e.strerror}; the shipped campaigns lie in "
+                            "scenarios/campaigns") from e
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise ScenarioError(f"{path}: not valid TOML: {e}") from e
     if "runs" in raw:
         raise ScenarioError(f"{path}: [[runs]] is how campaigns were written before; write "
                             "[[servers]] and [[workloads]], as scenarios/campaigns/gpus.toml")

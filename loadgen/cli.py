@@ -30,6 +30,7 @@ from loadgen.measure import conclude, go_on, measure
 from loadgen.options import (
     Group,
     asked_for,
+    checked_url,
     duration,
     finite,
     kind,
@@ -104,7 +105,8 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
     from loadgen.ramp import SweepPlan, finest_of  # noqa: PLC0415  (heavy imports wait)
 
     if (max_concurrency is None) == (max_rate is None):
-        raise click.UsageError("give --max-concurrency N or --max-rate R")
+        raise click.UsageError("give --max-concurrency N or --max-rate R"
+                               + (", not both" if max_rate else ""))
     axis: Literal["concurrency", "rate"] = "rate" if max_rate else "concurrency"
     if unit_step and axis == "rate":
         raise click.UsageError("--unit-step counts concurrent requests of a server that can die: "
@@ -131,8 +133,8 @@ def sweep(server_options: tuple[str, ...], /, name: str, max_concurrency: int | 
 @click.option("--rate", type=click.FloatRange(0, min_open=True), callback=finite, metavar="R",
               help="Open loop: R requests per second, whatever the server does.")
 @click.option("--arrivals", type=click.Choice(["constant", "poisson", "gamma"]),
-              default="poisson", show_default=True, help="Gaps of the open loop.")
-@click.option("--cv", type=click.FloatRange(0, 20, min_open=True), callback=finite, default=1.0,
+              help="Gaps of the open loop. Default: poisson; with --cv: gamma.")
+@click.option("--cv", type=click.FloatRange(0, 20, min_open=True), callback=finite,
               help="Coefficient of variation of gamma gaps; above 1 is bursty.")
 @click.option("--timestamps", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Open loop at given instants: seconds from the start, one a line.")
@@ -351,7 +353,8 @@ def doctor(base_url: str | None, calibrate: bool) -> None:
             raise click.UsageError("--calibrate loads a server of its own; leave out --base-url")
         checks.calibrate(plain_console())
         return
-    raise SystemExit(checks.show(plain_console(), base_of(base_url) if base_url else None))
+    where = base_of(checked_url(base_url)) if base_url else None
+    raise SystemExit(checks.show(plain_console(), where))
 
 
 @main.command()
@@ -411,7 +414,7 @@ def scenarios(name: str | None) -> None:
     if name is not None:
         click.echo(scenario.find(name).read_text(encoding="utf-8"), nl=False)
         return
-    for path in sorted(scenario.SHIPPED.glob("*.toml")):
+    for path in sorted(scenario.SHIPPED.glob("*.toml"), key=lambda x: x.stem):
         click.echo(f"{path.stem:16} {scenario.load(str(path)).description}")
 
 

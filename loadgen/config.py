@@ -100,6 +100,8 @@ def _plainly(text: str, into: Any, at: str, raw: object) -> str:
         allowed = sorted(_keys(kinds, value))
         return (f"unknown key {unknown[1]!r}{nearest(unknown[1], allowed)}; allowed here: "
                 f"{', '.join(allowed)}")
+    if missing := re.search(r"missing required field `(.*)`", text):
+        return f"key {missing[1]!r} is missing"
     if choices := [str(c) for kind in kinds for c in _literals(kind)]:
         return f"{value!r} is not one of: {', '.join(choices)}{nearest(str(value), choices)}"
     if "| object`" in text or "`int | object" in text:

@@ -3,6 +3,8 @@ the kernel's stamps, stay ours."""
 
 import asyncio
 import base64
+import errno
+import os
 import socket
 import ssl
 from urllib.parse import SplitResult, unquote
@@ -21,6 +23,22 @@ def context_of(trust: Trust) -> ssl.SSLContext:
     if trust.cert:
         context.load_cert_chain(trust.cert, trust.key)
     return context
+
+
+def why_not(error: Exception) -> str:
+    """Why nobody could be reached, in the system's own words: asyncio and aiohttp put theirs, and
+    the address once more, around them."""
+    inner = getattr(error, "os_error", None) or getattr(error, "certificate_error", None)
+    if isinstance(inner, Exception) and inner is not error:
+        return why_not(inner)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, socket.gaierror):
+        return f"{error.strerror}: is its name right?"
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None and number in errno.errorcode and not isinstance(error, ssl.SSLError):
+        return os.strerror(number)
+    return str(error) or type(error).__name__
 
 
 class Tls:

@@ -12,9 +12,11 @@ import aiohttp
 from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loadgen import calibration, headroom, metrics, rungs, selftest
 from loadgen.calibration import PORTS
+from loadgen.dial import why_not
 from loadgen.rungs import Rung
 from loadgen.selftest import Ladder
 
@@ -40,7 +42,7 @@ def show(console: Console, base_url: str | None) -> int:
     for name in ("", "check", "saw", "try"):
         table.add_column(name)
     for c in checks:
-        table.add_row(f"[{_COLOURS[c.state]}]{c.state}[/]", c.what, c.saw, c.remedy)
+        table.add_row(Text(c.state, style=_COLOURS[c.state]), c.what, c.saw, c.remedy)
     console.print(table)
     return 3 if any(c.state == "bad" for c in checks) else 0
 
@@ -151,7 +153,7 @@ async def server_checks(base_url: str) -> list[Check]:
                     there = answer.status in (200, 401, 405)
                     saw = f"{answer.status} in {1000 * (time.monotonic() - began):.1f} ms"
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
-                there, saw = False, str(e) or type(e).__name__
+                there, saw = False, why_not(e)
             bad: State = "bad" if path == "/v1/models" else "fair"
             found.append(Check(path, "good" if there else bad, saw,
                                use if there else f"missing: {use}"))

@@ -12,6 +12,7 @@ from typing import Protocol
 from loadgen import net, stamps
 from loadgen.connection import DONE, Connection, Tally
 from loadgen.deadline import LINGER_S, OUR_LIMITS, STALE_NS, Deadline
+from loadgen.dial import why_not
 from loadgen.net import now_ns
 from loadgen.outputs import Outputs
 from loadgen.record import Outcome, Recorder, RequestRecord, Shot
@@ -128,7 +129,7 @@ class Flight:
         self._send(connection)
 
     def _where(self, error: OSError) -> str:
-        return f"cannot connect to {self._client.target.base_url}: {error}"
+        return f"cannot connect to {self._client.target.base_url}: {why_not(error)}"
 
     def _send(self, connection: Connection) -> None:
         self._connection = connection

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import msgspec
@@ -198,13 +198,7 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
         if server_options or options["server"] or options["server_cmd"]:
             raise click.UsageError("--base-url names a server that runs already: neither "
                                    "--server nor options after `--` can apply to it")
-        if re.search(r"[?#]", options["base_url"]):
-            raise click.UsageError("--base-url: give it without a query; a key belongs into "
-                                   "--api-key or --header, which are never written down")
-        if not re.match(r"https?://[^/]", options["base_url"].strip()):
-            raise click.UsageError(f"--base-url {options['base_url']!r}: write it with its scheme, "
-                                   "as http://127.0.0.1:8000")
-        target = target_of(options["base_url"], options["model"] or "")
+        target = target_of(checked_url(options["base_url"]), options["model"] or "")
         return RemoteServer(msgspec.structs.replace(
             target, proxy=proxy_of(options["proxy"]), trust=trust_of(options)))
     if any(options[name] for name in _TLS):
@@ -219,6 +213,17 @@ def server_of(options: dict[str, Any], server_options: Sequence[str], out: Path)
     from servers.sim.launch import SimServer  # noqa: PLC0415
 
     return SimServer(server_options, out / "server.log")
+
+
+def checked_url(url: str) -> str:
+    """The same. Raises UsageError."""
+    if re.search(r"[?#]", url):
+        raise click.UsageError("--base-url: give it without a query; a key belongs into "
+                               "--api-key or --header, which are never written down")
+    if not re.match(r"https?://[^/]", url.strip()):
+        raise click.UsageError(f"--base-url {url!r}: write it with its scheme, "
+                               "as http://127.0.0.1:8000")
+    return url
 
 
 def trust_of(options: dict[str, Any]) -> Trust:
@@ -348,11 +353,14 @@ def load_of(chosen: Scenario, options: dict[str, Any], seed: int) -> Load:
     given = [k for k in ("concurrency", "rate", "timestamps") if options[k] is not None]
     if len(given) > 1:
         raise click.UsageError("give one of --concurrency, --rate and --timestamps")
+    gaps = [f"--{k}" for k in ("arrivals", "cv") if options[k] is not None]
+    if gaps and not options["rate"]:
+        raise click.UsageError(f"{' and '.join(gaps)}: of the gaps of --rate's arrivals; there is "
+                               "no --rate")
     if options["concurrency"]:
         return Closed(concurrency=options["concurrency"])
     if options["rate"]:
-        return Open(rate_rps=PerSecond(options["rate"]), arrivals=options["arrivals"],
-                    cv=options["cv"], max_inflight=options["max_inflight"])
+        return _open(options)
     if options["timestamps"]:
         return _trace(options["timestamps"], options["max_inflight"])
     if chosen.load is None:
@@ -365,12 +373,23 @@ def load_of(chosen: Scenario, options: dict[str, Any], seed: int) -> Load:
     return chosen.load
 
 
+def _open(options: dict[str, Any]) -> Open:
+    arrivals: Literal["constant", "poisson", "gamma"] = options["arrivals"] or (
+        "poisson" if options["cv"] is None else "gamma")
+    if options["cv"] is not None and arrivals != "gamma":
+        raise click.UsageError(f"--cv is of --arrivals gamma; the gaps of {arrivals} ones have "
+                               "their own")
+    return Open(rate_rps=PerSecond(options["rate"]), arrivals=arrivals,
+                cv=options["cv"] or 1.0, max_inflight=options["max_inflight"])
+
+
 def _trace(path: Path, max_inflight: int) -> Trace:
     due = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise ScenarioError(f"{path}: cannot be read: {e}") from e
+        raise ScenarioError(f"{path}: cannot be read: "
+                            f"{e.strerror if isinstance(e, OSError) else e}") from e
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if not text or text.startswith("#"):

@@ -468,6 +468,9 @@ def parse_slo(text: str) -> Slo:
         key, eq, value = part.partition("=")
         if not eq:
             key, colon, value = part.partition(":")
+            if colon and not re.fullmatch(r"\d+(\.\d+)?", value):
+                raise ScenarioError(f"--slo {part!r}: vLLM's form is a number of milliseconds, as "
+                                    "ttft:1000; one with its unit is ttft=1s")
             value = f"{value}ms" if colon else value
         if not value:
             raise ScenarioError(f"--slo {part!r}: write NAME=LIMIT as ttft=1s, or vLLM's form "

@@ -103,7 +103,7 @@ class View:
             table.add_column(name, no_wrap=True)
         for name in ("n", "good", "req/s", "TTFT p50", "TPOT p50", "E2E p50", "errors"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
+        table.add_column("verdict")  # it alone may wrap: rich narrows whoever may before the rest
         for leg, j in self._done:
             table.add_row(*_cells(leg, j), Text(_verdict(j), style=_COLOURS.get(_kind(j), "")))
         if self._now is None:

@@ -52,7 +52,7 @@ ALLOWED = {
     "connection": "dial net stamps",
     "outputs": "openai record scenario store",
     "answers": "expect leg outputs plan prompts record scenario store tasks validate",
-    "flight": "connection deadline net outputs record scenario stamps target",
+    "flight": "connection deadline dial net outputs record scenario stamps target",
     "client": "connection dial flight net openai outputs record scenario stamps target",
     "drive": "client flight leg metrics net plan prompts record scenario store talk",
     "child": "net",
@@ -81,7 +81,7 @@ ALLOWED = {
     "calibration": "errors headroom",
     "selftest": "calibration errors headroom leg metrics openai plan prompts record rungs "
                 "scenario store supervise",
-    "doctor": "calibration headroom metrics rungs selftest",
+    "doctor": "calibration dial headroom metrics rungs selftest",
     "terminal": "", "view": "judge leg supervise",
     "board": "metrics record scenario",
     "exporter": "board child errors judge leg record scenario store supervise",

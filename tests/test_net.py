@@ -14,15 +14,18 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import trustme
 
 from loadgen import net, stamps
 from loadgen.client import Client
 from loadgen.connection import Connection
+from loadgen.dial import why_not
 from loadgen.net import now_ns
 from loadgen.record import Outcome, Recorder
 from loadgen.target import Target
+from servers.base import free_port
 from tests.raw_server import (
     DONE,
     HEAD,
@@ -647,3 +650,22 @@ def test_tls_options_that_cannot_work_are_refused(
         capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
+
+
+def test_who_cannot_be_reached_is_said_in_the_system_s_words() -> None:
+    async def said(url: str) -> str:
+        async with aiohttp.ClientSession() as session:
+            try:
+                await session.get(url)
+            except aiohttp.ClientError as e:
+                return why_not(e)
+        raise AssertionError("somebody is there")
+    port = free_port()
+    assert asyncio.run(said(f"http://127.0.0.1:{port}")) == "Connection refused"
+    assert asyncio.run(said("http://no-such-host.invalid")).endswith("is its name right?")
+    assert why_not(TimeoutError()) == "no answer in time"
+    assert why_not(ConnectionRefusedError(111, "Connect call failed ('::1', 8000)")
+                   ) == "Connection refused"
+    assert why_not(OSError("the proxy says 502")) == "the proxy says 502"
+    assert why_not(ssl.SSLError(1, "wrong version number")).endswith("wrong version number")
+    assert why_not(OSError()) == "OSError"

@@ -87,7 +87,7 @@ BAD_DATA = {
     "two classes of one name": (
         {"name": "x", "classes": [CLASS, CLASS]}, ["classes", "(a, a)", "rename"]),
     "no classes": ({"name": "x", "classes": []}, ["classes", "length >= 1"]),
-    "classes left out": ({"name": "x"}, ["missing required field `classes`"]),
+    "classes left out": ({"name": "x"}, ["key 'classes' is missing"]),
     "weights of two classes": (
         {"name": "x", "classes": [CLASS | {"weight": 0}, CLASS | {"name": "b", "weight": 0}]},
         ["classes", "a weight above 0"]),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import aiohttp
 
-from loadgen.dial import context_of
+from loadgen.dial import context_of, why_not
 from loadgen.store import Row
 from loadgen.target import Target
 
@@ -191,4 +191,4 @@ async def is_healthy(target: Target) -> str | None:
     except TimeoutError:
         return None  # slow is not dead: the requests' own deadlines decide
     except (aiohttp.ClientError, OSError) as e:
-        return f"it cannot be reached any more: {e}"
+        return f"it cannot be reached any more: {why_not(e)}"
