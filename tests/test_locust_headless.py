@@ -300,14 +300,28 @@ def test_a_server_that_dies_in_the_middle_ends_the_test(tmp_path: Path) -> None:
     assert 0 < len(failed) < 2000  # users against a dead server do not fill the disk
 
 
+IMPATIENT = """
+from loadgen.fleet import LLMUser
+from servers.remote import RemoteServer
+
+RemoteServer.patience_s = 3.0  # it is a minute
+
+
+class Chat(LLMUser):
+    pass
+"""
+
+
 def test_a_host_that_cannot_be_reached_is_exit_4(tmp_path: Path) -> None:
+    file = tmp_path / "impatient.py"
+    file.write_text(IMPATIENT, encoding="utf-8")
     mix = tmp_path / "mine.toml"
     mix.write_text((ROOT / "scenarios" / "smoke.toml").read_text(encoding="utf-8"),
                    encoding="utf-8")
     said = locust("-u", "1", "-t", "5s", "--host", f"http://127.0.0.1:{free_port()}", "--model",
-                  "m", "--scenario", str(mix), cwd=tmp_path, scenario=None)
+                  "m", "--scenario", str(mix), cwd=tmp_path, scenario=None, file=file)
     assert said.code == cli.DIED, said.all
-    assert_is_for_the_operator(said, "127.0.0.1")
+    assert_is_for_the_operator(said, "127.0.0.1", "within 3 s", "Connection refused")
     assert not (tmp_path / "r").exists()
 
 

@@ -93,6 +93,70 @@ def test_a_search_may_be_cut_twice(whole: Path, tmp_path: Path) -> None:
     assert decision(folder) == decision(whole)
 
 
+@pytest.fixture(scope="module")
+def to_the_unit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual sweep that went on to the largest concurrency that the server survives."""
+    cwd = tmp_path_factory.mktemp("unit")
+    said = loadgen("sweep", "smoke", "--max-concurrency", "16", "--levels", "2,4,16", "--budget",
+                   "40s", "--slo", "ttft=20s,tpot=1s", "--unit-step", "--virtual", "--seed", "3",
+                   "--no-report", "--out", "r", "--", "--fault", "oom@12", cwd=cwd)
+    assert said.code == cli.PASS, said.all
+    assert "It survives 11 concurrent requests, and 12 kill it" in said.out
+    return cwd / "r"
+
+
+def cut_in(whole: Path, folder: Path, at: int) -> Path:
+    """The run as a power cut leaves it in its leg number `at`, whose first record is torn. (`cut`
+    goes by bytes, and a leg whose first requests kill the server has none.)"""
+    shutil.copytree(whole, folder)
+    legs = (folder / "legs.jsonl").read_bytes().splitlines(keepends=True)
+    starts = [i for i, x in enumerate(legs) if x.startswith(b'{"leg"')]
+    (folder / "legs.jsonl").write_bytes(b"".join(legs[:starts[at] + 1]))
+    windows = [window for _, window in RunFolder(whole).legs() if window is not None]
+    done = [window.leg for window in windows[:at]]
+    head, *lines = (folder / "records-0.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "records-0.jsonl").write_bytes(head + b"".join(
+        x for x in lines if json.loads(x)["leg"] in done) + lines[-1][:30])
+    rows = (folder / "telemetry-server.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "telemetry-server.jsonl").write_bytes(b"".join(
+        x for x in rows if json.loads(x)["t_ns"] <= windows[at].t0_ns))
+    (folder / "summary.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5, 7])
+def test_a_search_to_the_unit_that_was_cut_goes_on_to_the_unit(
+        to_the_unit: Path, tmp_path: Path, at: int) -> None:
+    """In its ladder, in its confirmation, in its bisection; what killed the server is not tried
+    again."""
+    phases = [x.partition("-")[0] for x in begun(to_the_unit)]
+    assert phases == [*["ladder"] * 3, "confirm", *["unit"] * 4]
+    folder = cut_in(to_the_unit, tmp_path / "r", at)
+    said = loadgen("sweep", "--resume", "r", "--no-report", cwd=tmp_path)
+    assert said.code == cli.PASS, said.all
+    assert "It survives 11 concurrent requests, and 12 kill it" in said.out
+    assert [leg.id for leg, _ in RunFolder(folder).legs()] == begun(to_the_unit)
+    assert decision(folder) == decision(to_the_unit)
+
+
+def test_a_search_to_the_unit_that_is_over_runs_nothing_more(
+        to_the_unit: Path, tmp_path: Path) -> None:
+    shutil.copytree(to_the_unit, tmp_path / "r")
+    said = loadgen("sweep", "--resume", "r", "--no-report", cwd=tmp_path)
+    assert said.code == cli.PASS, said.all
+    assert begun(tmp_path / "r") == begun(to_the_unit)
+    assert decision(tmp_path / "r") == decision(to_the_unit)
+
+
+@pytest.mark.parametrize("asked", ["--unit-step", "--no-restart"])
+def test_a_search_that_goes_on_cannot_become_another_one(
+        whole: Path, tmp_path: Path, asked: str) -> None:
+    shutil.copytree(whole, tmp_path / "r")
+    said = loadgen("sweep", "--resume", "r", asked, cwd=tmp_path)
+    assert said.code == cli.USAGE
+    assert f"leave out {asked.replace('no-', '')}" in said.err
+
+
 def test_what_is_made_of_journals_is_the_same_bytes_each_time(whole: Path, tmp_path: Path) -> None:
     folder = cut(whole, tmp_path / "r", 3)
     loadgen("sweep", "--resume", "r", "--no-report", cwd=tmp_path)

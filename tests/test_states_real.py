@@ -78,15 +78,3 @@ def test_a_folder_without_a_model_is_a_failed_start(tmp_path: Path) -> None:
                         "--out", "r", *launched(tmp_path / "empty"), cwd=tmp_path)
     assert said.code == cli.DIED, said.all
     assert said.err.startswith("loadgen: the server died before it could serve: START_FAILED: ")
-
-
-def test_a_kv_cache_without_room_is_out_of_memory_at_the_start(
-        model: Path, tmp_path: Path) -> None:
-    env = {k: v for k, v in ENV.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
-    said = real.loadgen(
-        "run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1", "--out", "r",
-        *launched(model, "--kv-cache-memory-bytes", "1000"), cwd=tmp_path, env=env)
-    assert said.code == cli.DIED, said.all
-    first = said.err.splitlines()[0]
-    assert "died before it could serve: OOM_START: its process exited with code 1; log: " in first
-    assert "No available memory for the cache blocks" in first

@@ -22,6 +22,8 @@ from analysis import frame
 from loadgen import cli
 from loadgen.balance import Tally
 from loadgen.record import Outcome
+from loadgen.scenario import Trace
+from loadgen.sources import shared_tok
 from loadgen.store import RunFolder
 from servers.base import free_port
 from servers.processes import alive
@@ -39,6 +41,7 @@ from tests.real import (
     start,
     wait,
 )
+from tests.test_traces import talks
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).with_name("vllm")
@@ -131,8 +134,10 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     port = free_port()
     with (folder / "log").open("w") as log, subprocess.Popen(
             [*LOADGEN, "serve", "vllm", "--server-cmd", SERVE, "--model", str(model),
-             "--port", str(port), "--", *FLAGS], cwd=folder, env={**os.environ, **ENV},
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0) as process:
+             "--port", str(port), "--", *FLAGS, "--enable-prompt-tokens-details",
+             "--enable-auto-tool-choice", "--tool-call-parser", "hermes"], cwd=folder,
+            env={**os.environ, **ENV}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            process_group=0) as process:
         try:
             wait(lambda: process.poll() is not None or _answers(port), START_S)
             assert process.poll() is None, (folder / "log").read_text()
@@ -233,6 +238,43 @@ def test_a_sweep_launches_a_vllm_and_another_one_after_its_worker_was_killed(
     assert (folder / "report.html").exists()
 
 
+def test_two_data_parallel_engines_are_counted_together_and_the_death_of_one_ends_the_sweep(
+        model: Path, tmp_path: Path) -> None:
+    """Needs no second core, but the memory of two. One API server, which is not the default: it
+    saves a process that takes as long to start as an engine."""
+    with start("sweep", str(TINY / "tiny.toml"), "--max-concurrency", "8", "--levels", "4,8",
+               "--budget", "60s", "--no-restart", "--out", "r", "--no-report",
+               *launched(model, "--data-parallel-size", "2", "--api-server-count", "1"),
+               cwd=tmp_path, env=ENV) as process:
+        folder = tmp_path / "r"
+        wait(lambda: process.poll() is not None or (
+            (folder / "legs.jsonl").exists() and len(endings(folder)) == 2), 2 * START_S)
+        assert process.poll() is None, process.communicate()
+        log = (folder / "server.log").read_text(encoding="utf-8")
+        time.sleep(1)
+        os.kill(pid_of(tmp_path, "VLLM::EngineCore_DP1"), signal.SIGKILL)
+        said = over(process, 120)
+    assert said.code == cli.DIED, said.all
+    assert endings(folder) == ["done", "server_died"]
+    assert "the server died at 8: KILLED: " in said.out, said.out
+    assert processes_in(tmp_path) == {}
+
+    each = [int(x.replace(",", "")) for x in re.findall(r"KV cache size: ([\d,]+) tokens", log)]
+    facts = RunFolder(folder).manifest().server
+    assert len(each) == 2
+    assert (facts["data_parallel"], facts["kv_cache_tok"]) == (2, sum(each))
+    assert facts["max_concurrency"] == pytest.approx(sum(each) / 4096)
+    assert facts["kv_cache_blocks"] * facts["block_size"] == sum(each)
+
+    finished = {r.labels["engine"]: r.value for r in RunFolder(folder).rows()
+                if r.source == "server" and r.name == "finished" and r.value}
+    assert set(finished) == {"0", "1"}  # both have worked
+    whole, _ = frame.load(folder).judgements
+    done = sum(r.leg == "ladder-4-r0" for r in kept(folder))
+    assert whole.balance.requests == Tally(done, done, done)
+    assert whole.balance.output_tok == Tally(done * 12, done * 12, done * 12)
+
+
 @pytest.mark.parametrize(("method", "config", "said_to_be"), [
     ("awq", {"zero_point": True, "version": "gemm"}, "awq"),
     ("gptq", {"desc_act": False, "sym": True}, "gptq")])
@@ -283,17 +325,18 @@ def test_a_run_whose_api_server_is_killed_is_exit_4_and_leaves_no_engine_behind(
         assert b"sk-secret" not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize(("flags", "cause"), [
-    (["--max-model-len", "99999"], "max_model_len"),
-    (["--kv-cache-memory-bytes", "1000"], "No available memory for the cache blocks")])
+@pytest.mark.parametrize(("flags", "state", "cause"), [
+    (["--max-model-len", "99999"], "START_FAILED", "max_model_len"),
+    (["--kv-cache-memory-bytes", "1000"], "OOM_START: its process exited with code 1; log",
+     "No available memory for the cache blocks")])
 def test_a_vllm_that_dies_at_its_start_is_exit_4_with_its_cause(
-        model: Path, tmp_path: Path, flags: list[str], cause: str) -> None:
+        model: Path, tmp_path: Path, flags: list[str], state: str, cause: str) -> None:
     env = {k: v for k, v in ENV.items() if k != "VLLM_CPU_KVCACHE_SPACE"}  # it goes over the flag
     said = loadgen("run", str(TINY / "tiny.toml"), "--concurrency", "1", "--num-prompts", "1",
                    "--out", "r", *launched(model, *flags), cwd=tmp_path, env=env)
     assert said.code == cli.DIED, said.all
     first, *context = said.err.strip().splitlines()
-    assert first.startswith("loadgen: the server died before it could serve: ")
+    assert first.startswith(f"loadgen: the server died before it could serve: {state}: ")
     assert cause in first
     assert len(context) <= 10
     assert context[-1] == "  the whole log: r/server.log"
@@ -410,12 +453,11 @@ validator = { check = "python" }
 """
 
 
-def test_noise_is_told_from_what_guided_decoding_forces(model: Path, tmp_path: Path) -> None:
+def test_noise_is_told_from_what_guided_decoding_forces(served: str, tmp_path: Path) -> None:
     """The tiny model's words mean nothing: no check may pass but of what a grammar forced."""
     (tmp_path / "checked.toml").write_text(CHECKED, encoding="utf-8")
     said = loadgen("run", "./checked.toml", "--concurrency", "6", "--num-prompts", "60", "--out",
-                   "r", *launched(model, "--enable-auto-tool-choice", "--tool-call-parser",
-                                  "hermes"), cwd=tmp_path)
+                   "r", "--base-url", served, cwd=tmp_path)
     assert said.code in JUDGED, said.all
     found: dict[str, set[str | None]] = {}
     for v in RunFolder(tmp_path / "r").verdicts().values():
@@ -430,3 +472,40 @@ def test_noise_is_told_from_what_guided_decoding_forces(model: Path, tmp_path: P
     run = frame.load(tmp_path / "r")
     assert run.judgements[0].good <= sum(n for c, (_, n) in run.judgements[0].classes.items()
                                          if c in ("forced", "named"))
+
+
+CPU_BLOCK_TOK = 128  # vLLM's, on a CPU
+TRACE = """
+load = { mode = "trace", format = "mooncake", path = "t.jsonl", to = "40s", scale = 2.0 }
+slo = { ttft = "30s" }
+[[classes]]
+name = "chat"
+kind = "chat"
+prompt_tokens = 600
+output_tokens = 8
+sampling = { ignore_eos = true }
+"""
+
+
+def test_a_real_prefix_cache_holds_what_the_hash_ids_say(served: str, tmp_path: Path) -> None:
+    """A trace's shared blocks: what its prefix cache holds of each prompt is what the trace's hash
+    ids say."""
+    talks(tmp_path / "t.jsonl")  # four turns of ten users in 40 s
+    (tmp_path / "s.toml").write_text(TRACE)
+    said = loadgen("run", "./s.toml", "--base-url", served, "--seed", "5", "--out", "r",
+                   "--no-report", cwd=tmp_path)
+    assert said.code in JUDGED, said.all
+    folder = RunFolder(tmp_path / "r")
+    ((leg, _),) = folder.legs()
+    assert isinstance(leg.load, Trace)
+    records = sorted(folder.records(), key=lambda r: r.session)
+    assert {r.outcome for r in records} == {Outcome.OK}, said.all
+    assert len(records) == len(leg.load.due_s) == 40
+    implied = shared_tok(leg.load.asked)
+    near = [abs((r.cached_tok or 0) - implied[r.session]) < CPU_BLOCK_TOK for r in records]
+    assert sum(near) >= 36, [(r.cached_tok, implied[r.session]) for r in records]  # one that comes
+    # while the prompt before it is computed finds less
+    cached = sum(r.cached_tok or 0 for r in records) / sum(r.prompt_tok or 0 for r in records)
+    assert cached > 0.45
+    assert "prompts-reused" not in said.all
+    assert "prefix-not-reused" not in said.all
