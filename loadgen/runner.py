@@ -387,7 +387,14 @@ class _Executor:
             if server.alive() is not None:  # is the death
                 break
             await asyncio.sleep(0.1)
-        return str(self._watcher.name(server.alive() or self._dying))
+        return str(self._watcher.name(server.alive() or self._with_cause(self._dying)))
+
+    def _with_cause(self, dying: str) -> str:
+        """And the log's cause, of a server of ours whose process does not end: a vLLM that lost one
+        of several engines listens no more, and waits for ever for its own background tasks."""
+        log = self._session.out / SERVER_LOG
+        cause = death.named(log, self._watcher.log_from) if "log: " not in dying else None
+        return f"{dying}; log: {cause}" if cause else dying
 
     async def _sign_of_death(self) -> str | None:
         """Of a server whose process runs, or that is not ours. Its health is asked only after

@@ -66,6 +66,11 @@ def cause(log: Sequence[str]) -> str | None:
     return _likely(log)
 
 
+def named(log: Path, since: int = 0) -> str | None:
+    """`cause` of a log file. `since`: bytes before its start, of servers before it."""
+    return cause(_tail(log, since))
+
+
 def context(log: Sequence[str], known: str = "", most: int = 8) -> list[str]:
     """The log's last lines that say something, oldest first: no stacks, no echoes, nothing that
     `known` says already."""

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--die-by", type=int, help="ends at once, by that signal")
     parser.add_argument("--start-s", type=float, default=0.0)
     parser.add_argument("--fault")
+    parser.add_argument("--linger-as", help="when it is dead, says that log and does not end")
     parser.add_argument("--hf-token")
     options, _ = parser.parse_known_args()
     if options.die_by:
@@ -40,6 +41,10 @@ def main() -> None:
     if options.fault:
         sim += ["--fault", options.fault]
     sys.stdout.flush()
+    if options.linger_as:
+        subprocess.call(sim, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        print((LOGS / options.linger_as).read_text(encoding="utf-8"), flush=True)
+        time.sleep(300)
     os.execv(sys.executable, sim)
 
 

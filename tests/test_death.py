@@ -47,6 +47,7 @@ def test_an_engine_that_was_killed_says_nothing_and_that_is_said() -> None:
     assert death.cause(log) == death.SILENT
     assert health.death(f"its process exited with code 0; log: {death.SILENT}", ready=True
                         ).state == "KILLED"
+    assert death.cause(lines("dp_engine_killed.log")) == death.SILENT  # one of two
     told = "(APIServer pid=9) INFO 11-21 19:50:00 [x.py:1] [shutdown] API server: shutdown "
     told += "triggered"
     assert "shutdown triggered" in (death.cause([*log, told]) or "")  # a SIGTERM
@@ -128,6 +129,7 @@ def test_the_context_says_who_spoke() -> None:
 def test_a_server_without_a_log_says_nothing(tmp_path: Path) -> None:
     assert death.says(tmp_path / "none.log", "") == ""
     assert death.last_line(tmp_path / "none.log") == ""
+    assert death.named(tmp_path / "none.log") is None
 
 
 def test_what_an_earlier_server_said_is_not_the_last_ones(tmp_path: Path) -> None:

@@ -251,6 +251,17 @@ def test_patience_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_that_listens_no_more_and_does_not_end_is_named_by_its_log(tmp_path: Path) -> None:
+    """As a real vLLM 0.32 with `-dp 2`, one of whose engines was killed."""
+    said = run(tmp_path, "--num-prompts", "400", "--concurrency", "4", *BY, "--", "--fault",
+               "die@4", "--linger-as", "dp_engine_killed.log")
+    assert said.code == cli.DIED, said.all
+    assert "the server died at 4: KILLED: " in said.out, said.out
+    assert "; log: its engine ended without a word" in said.out
+    assert endings(tmp_path / "r") == ["server_died"]
+
+
+@pytest.mark.slow
 def test_after_a_death_the_sweep_goes_on_with_a_new_server(tmp_path: Path) -> None:
     said = loadgen("sweep", "smoke", "--max-concurrency", "4", "--levels", "2,4", "--budget",
                    "60s", "--out", "r", "--no-report", *BY, "--", "--fault", "oom@4",
