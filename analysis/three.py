@@ -152,7 +152,7 @@ def _one(run: Run, j: Judgement) -> list[str]:
             f"be anything from {_between(run, [j])}.",
             not_valid.says(run, j) if not_valid.is_why(run, j) else
             f"Asked for is {target} with {percent(run.criteria.confidence)} confidence.",
-            _settle(run, [j], "--duration")]
+            _settle(run, [j], "-t" if "locust" in run.manifest.command[:1] else "--duration")]
 
 
 def _several(run: Run) -> list[str]:

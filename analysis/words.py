@@ -15,7 +15,7 @@ from analysis.ceiling import Ceiling
 from analysis.frame import Run
 from analysis.knee import Knee
 from analysis.limits import Binding
-from analysis.phrases import MISSES, NOT_OURS, load_of, slo_of
+from analysis.phrases import MISSES, NOT_OURS, count, load_of, slo_of
 from analysis.steps import percent
 from loadgen import metrics, ramp
 from loadgen.evidence import bounds_of
@@ -305,7 +305,7 @@ def _settle(run: Run, legs: Sequence[Judgement]) -> str:
     more = metrics.needed_n(target, miss, confidence) if miss < 1 - target else None
     if more is None:
         return f"{bounds}; at this share no number of requests would show {percent(target)}."
-    missing = f"{more - n} more requests" if more > n else "a few more requests"
+    missing = count(more - n, "more request") if more > n else "a few more requests"
     longer = "a longer run" if run.is_run else "more with --budget"
     return f"{bounds}; {missing} at this share would show {percent(target)}: {longer}."
 

@@ -19,7 +19,7 @@ from loadgen.judge import Criteria, ServerSigns
 from loadgen.leg import Leg, Window
 from loadgen.prompts import Ratio
 from loadgen.ramp import SweepPlan
-from loadgen.record import TROUBLE, RequestRecord
+from loadgen.record import TROUBLE, Outcome, RequestRecord
 from loadgen.resume import Clock, NextLeg, Replay, Stopped
 from loadgen.scenario import Scenario, Trace, TraceFile
 from loadgen.store import SCHEMA, Header, Journal, LegLine, RunFolder
@@ -39,6 +39,7 @@ from servers.sim.launch import VirtualSim
 QUICK_S = 60.0  # a server that may take longer to start is seen to be waited for
 SERVER_LOG = "server.log"  # in the run folder
 BACK_OFF_S = (2.0, 10.0)  # before a server that did not come up is tried again
+LOOK_S, ENDS_LOOKS = 0.25, 28  # seven seconds, for a server that may be about to end
 
 
 class Session(Struct, frozen=True):
@@ -316,6 +317,7 @@ class _Executor:
         self._watcher = watcher
         self._offsets = {x: x.stat().st_size for x in folder.path.glob("records-*.jsonl")}
         self._troubles = 0
+        self._looks = 0  # that a leg may still wait for an end that an aborted answer announces
         self._dying: str | None = None  # the sign of its death, before that is over …
         self._hung: str | None = None  # … or of a hang, in full
         self._restarting: asyncio.Task[Any] | None = None
@@ -325,6 +327,7 @@ class _Executor:
         watcher = self._watcher
         watcher.forget_old()
         self._troubles, self._progress, self._dying, self._hung = 0, None, None, None
+        self._looks = ENDS_LOOKS
         await watcher.cool_down()
         window = await self._shards.run(leg, self._died, self._show, lambda: watcher.spoiled)
         if window.ending == "server_died":
@@ -414,10 +417,22 @@ class _Executor:
             return None
         self._troubles = troubles
         why = await watch.is_healthy(self._target)
-        if why is not None and self._session.server.facts()["kind"] == "remote":
+        if self._session.server.facts()["kind"] != "remote":
+            return why or (await self._ends() if seen.get(Outcome.ABORTED) else None)
+        if why is not None:
             await asyncio.sleep(1)  # one bad answer may be a proxy's hiccup
             why = await watch.is_healthy(self._target)
         return why
+
+    async def _ends(self) -> str | None:
+        """Whether a server that aborted answers by itself is about to end: a vLLM that lost one of
+        several engines says that it is well until it looks after them, each 5 s. Once in a leg."""
+        looks, self._looks = self._looks, 0
+        for _ in range(looks):
+            await asyncio.sleep(LOOK_S)
+            if (why := self._session.server.alive() or await watch.is_healthy(self._target)):
+                return why
+        return None
 
 
 async def _ready(session: Session, view: View, watcher: Watcher) -> Target:

@@ -301,10 +301,12 @@ def test_a_server_that_dies_in_the_middle_ends_the_test(tmp_path: Path) -> None:
 
 
 IMPATIENT = """
-from loadgen.fleet import LLMUser
-from servers.remote import RemoteServer
+from functools import partialmethod
 
-RemoteServer.patience_s = 3.0  # it is a minute
+from loadgen.fleet import LLMUser
+from loadgen.fleet.lifecycle import Lifecycle
+
+Lifecycle.prepare = partialmethod(Lifecycle.prepare, patience_s=3.0)  # it is a minute
 
 
 class Chat(LLMUser):

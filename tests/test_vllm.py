@@ -91,12 +91,12 @@ def test_only_a_vllm_that_nobody_else_reaches_is_in_dev_mode(
     assert server().env == {"VLLM_SERVER_DEV_MODE": "0"}
 
 
-def test_blocks_of_all_engines_are_added_up() -> None:
+def test_blocks_of_all_engines_are_the_sum_that_each_one_s_line_says() -> None:
     lines = [f'vllm:cache_config_info{{block_size="128",engine="{n}",num_gpu_blocks="{blocks}"}} 1'
-             for n, blocks in enumerate((500, 484))]
+             for n, blocks in enumerate((984, 984))]
     with saying({"/metrics": "\n".join(["# HELP x", *lines, "vllm:x 1"])}) as url:
         assert _cache_config(url) == {"block_size": 128, "kv_cache_blocks": 984}
-    with saying({"/metrics": lines[0].replace("500", "None")}) as url:
+    with saying({"/metrics": lines[0].replace("984", "None")}) as url:
         assert _cache_config(url) == {"block_size": 128}
     assert _cache_config(url) == {}
 
