@@ -80,7 +80,7 @@ def test_what_is_due_in_a_window_of_a_ramp_has_ended_in_it_or_is_cancelled(tmp_p
 
 def test_a_server_that_dies_of_the_load_ends_the_climb_and_keeps_the_level_below(
         tmp_path: Path) -> None:
-    done, folder = locust(tmp_path, "ramp", "-u", "8", "-t", "40s", "--scenario",
+    done, folder = locust(tmp_path, "ramp", "-u", "8", "-t", "60s", "--scenario",
                           scenario(tmp_path), "--server-options", "--fault oom@6")
     windows = {leg.id: window for leg, window in RunFolder(folder).legs()}
     died = [x for x, window in windows.items() if window and window.ending == "server_died"]
