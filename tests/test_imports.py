@@ -104,7 +104,7 @@ FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
                 "scenario", "telemetry.signs", "errors", "evidence", "exits", "headroom",
                 "terminal", "unit", "campaign", "cells", "answers", "openai",
-                "outputs"}
+                "outputs", "sequential"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.measure", "loadgen.options", "loadgen.runner",
              "loadgen.selftest", "loadgen.virtual",

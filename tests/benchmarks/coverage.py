@@ -153,15 +153,17 @@ def of_a_knee(seed: int) -> list[Held]:
 
 # --------------------------------------------------------------------------------------- compare
 
-COMPARED = (8.0, 32.0)
+COMPARED: dict[str, tuple[Axis, tuple[float, ...]]] = {
+    "concurrency": ("concurrency", (8.0, 32.0)), "rate": ("rate", (2.0, 3.4))}
 SLOWER = 0.9
 
 
-def folder(path: Path, seed: int, speed: float, seconds: float = 60.0) -> Run:
+def folder(path: Path, what: str, seed: int, speed: float, seconds: float = 60.0) -> Run:
     held: list[tuple[Leg, Window | None]] = []
     records: list[RequestRecord] = []
-    for i, value in enumerate(COMPARED):
-        leg, window, some, _ = ran("concurrency", value, 10 * seed + i, "run", seconds, speed)
+    axis, levels = COMPARED[what]
+    for i, value in enumerate(levels):
+        leg, window, some, _ = ran(axis, value, 10 * seed + i, "run", seconds, speed)
         after = i * 10**13  # so that legs follow one another on one clock
         held.append((leg, window.shifted(after)))
         for r in some:
@@ -174,28 +176,33 @@ def folder(path: Path, seed: int, speed: float, seconds: float = 60.0) -> Run:
 
 
 @functools.cache
-def true_changes() -> dict[tuple[float, str], float]:
-    """What SLOWER does to each figure, by long runs."""
+def true_changes(what: str) -> dict[tuple[float, str], float]:
+    """What SLOWER does to each figure, by long runs of the same arrivals."""
     with tempfile.TemporaryDirectory() as place:
-        base, new = (folder(Path(place) / name, TRUTH_SEEDS + i, speed, 1200.0)
-                     for i, (name, speed) in enumerate((("base", 1.0), ("new", SLOWER))))
+        base, new = (folder(Path(place) / name, what, TRUTH_SEEDS, speed, 1200.0)
+                     for name, speed in (("base", 1.0), ("new", SLOWER)))
         return {(d.level, d.name): d.change_frac for d in compare.compare(base, new).differences}
 
 
 def of_a_comparison(seed: int) -> list[Held]:
-    """All intervals of a comparison hold together."""
+    """All intervals of a comparison hold together; "over runs" both servers differ from what they
+    are in the mean."""
     found: list[Held] = []
+    what = tuple(COMPARED)[seed % len(COMPARED)]
     with tempfile.TemporaryDirectory() as place:
-        base = folder(Path(place) / "base", 2 * seed, 1.0)
+        def run(name: str, i: int, speed: float) -> Run:
+            return folder(Path(place) / name, what, 2 * seed + i, speed)
+        same = run("base", 0, 1.0)
         no_change: dict[tuple[float, str], float] = {}
-        cases = (("the same server", 1.0, no_change), (f"one of {SLOWER} times its speed", SLOWER,
-                                                true_changes()),
-                 ("the same over runs", speed_of(seed), no_change))
-        for i, (name, speed, truth) in enumerate(cases):
-            new = folder(Path(place) / f"new{i}", 2 * seed + 1, speed)
+        cases = (("the same server", same, run("new", 1, 1.0), no_change),
+                 (f"one of {SLOWER} times its speed", same, run("slower", 1, SLOWER),
+                  true_changes(what)),
+                 ("the same over runs", run("base2", 0, speed_of(2 * seed)),
+                  run("new2", 1, speed_of(2 * seed + 1)), no_change))
+        for name, base, new, truth in cases:
             got = compare.compare(base, new).differences
             held = [d.lo <= truth.get((d.level, d.name), 0.0) <= d.hi for d in got]
-            found.append((f"compare: all differences at once, {name}", all(held)))
+            found.append((f"compare: all differences at once, {what}, {name}", all(held)))
     return found
 
 
