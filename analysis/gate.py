@@ -18,7 +18,7 @@ from loadgen.judge import Judgement, LoadVerdict
 from loadgen.leg import Axis
 from loadgen.validity import Measurement
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had bounds of single legs, which did not hold as often as they said
 SCHEMA_FILE = Path(__file__).with_name("verdict.schema.json")
 
 
@@ -39,8 +39,6 @@ class Level(Struct, frozen=True):
     phase: str
     n: int
     good: int
-    lower_frac: float
-    upper_frac: float
     load: LoadVerdict
     measurement: Measurement
     died: bool
@@ -125,9 +123,8 @@ def of(run: Run) -> Verdict:
 def _level(j: Judgement, row: Mapping[Any, Any]) -> Level:
     numbers = {name: None if pd.isna(row[name]) else float(row[name])
                for name in Level.__struct_fields__ if name.endswith(("_rps", "_s"))}
-    return Level(leg=j.leg, value=j.value, phase=j.phase, n=j.n, good=j.good, lower_frac=j.lower,
-                 upper_frac=j.upper, load=j.load, measurement=j.measurement, died=j.died,
-                 reasons=j.reasons, **numbers)
+    return Level(leg=j.leg, value=j.value, phase=j.phase, n=j.n, good=j.good, load=j.load,
+                 measurement=j.measurement, died=j.died, reasons=j.reasons, **numbers)
 
 
 def encoded(run: Run) -> bytes:

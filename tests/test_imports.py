@@ -35,7 +35,8 @@ ALLOWED = {
     "balance": "leg metrics record scenario",
     "validity": "balance headroom leg metrics record scenario sources",
     "sequential": "", "settle": "",
-    "judge": "balance headroom leg metrics record scenario sequential settle validity",
+    "worth": "leg scenario sequential",
+    "judge": "balance headroom leg metrics record scenario sequential settle validity worth",
     "evidence": "judge leg metrics sequential soaks",
     "exits": "errors evidence judge",
     "pace": "evidence judge leg scenario sequential",
@@ -111,8 +112,8 @@ COMPOSERS = {"loadgen.cli", "loadgen.measure", "loadgen.options", "loadgen.runne
              "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
-        "validity", "sequential", "settle", "judge", "soaks", "evidence", "exits", "pace", "checks",
-        "ramp", "leg",
+        "validity", "sequential", "settle", "worth", "judge", "soaks", "evidence", "exits", "pace",
+        "checks", "ramp", "leg",
         "stages", "deadline", "plan", "sources", "datasets", "prompts", "scenario", "health",
         "target", "expect", "tasks", "validate", "repeats", "code", "schema", "telemetry.signs",
         "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger", "hosts.tallies",
