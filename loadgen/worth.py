@@ -4,7 +4,7 @@ requests of one moment share their fate, and the next run would be another.
 A leg of a search is one of several of some half a minute; by how much they differ is in
 `sequential`. A run is as long as it is asked to be, and the longer, the less it differs from the
 next. The figures are of runs of 20 s, 60 s and 180 s on the simulator near its edge, where they
-differ most (docs/method.md, `python -m tests.benchmarks.coverage --only "bound, run"`)."""
+differ most (docs/method.md, `python -m tests.benchmarks.coverage --only run`)."""
 
 import math
 
