@@ -10,10 +10,10 @@ from msgspec import structs
 from analysis import frame, report, summary, three, words
 from analysis.frame import Run
 from loadgen.judge import ServerSigns
-from loadgen.leg import Phase
+from loadgen.leg import Phase, Window
 from loadgen.scenario import parse_slo
 from tests import synthetic
-from tests.synthetic import Kind
+from tests.synthetic import Kind, Plain, S
 
 LIMITS = "TTFT ≤ 2 s and TPOT ≤ 50 ms"
 
@@ -74,6 +74,22 @@ def test_unsafe_from_the_lowest_level_on(sweep: Run) -> None:
         f"meet TTFT ≤ 1 ms and TPOT ≤ 50 ms; {n} requests).",
         f"At 1 none of {n} met them: most misses are by TTFT.",
         "No load is left to keep: loosen the limits, or use a faster server."]
+
+
+def test_a_run_that_came_near_its_limits_is_told_so(tmp_path: Path) -> None:
+    """All were good, and none was far enough from 50 ms per token to say so of the next run."""
+    leg = synthetic.leg(8, "run", 40.0, 0.0)
+    records = [synthetic.answer_of(leg, 100 * S + k * S // 4, 0.54, seq=k) for k in range(160)]
+    window = Window(leg.id, 100 * S, 100 * S, 140 * S, 170 * S, "done")
+    run = frame.load(synthetic.write_plain(tmp_path / "run", Plain([(leg, window)], records)))
+    assert three.of(run) == [
+        f"Unresolved at 8 concurrent requests: 160 of 160 met {LIMITS}, but 5 % came to 97 % of a "
+        "limit or more.",
+        "So near the limits runs of one server differ, and another may well miss them.",
+        "`loadgen sweep` makes several and tells; or try a lower load."]
+    assert words.answer(run).verdict.sentences[0] == (
+        f"160 of 160 met {LIMITS}; but 5 % came to 97 % of a limit or more: another run may well "
+        "miss it.")
 
 
 @pytest.mark.parametrize(("kind", "phase", "says"), [
