@@ -1,5 +1,5 @@
-"""How small a difference `loadgen compare` can see: half the width of its intervals, of pairs of runs
-of a minute of one server of the simulator.
+"""How small a difference `loadgen compare` can see: half the width of its intervals, of pairs of
+runs of a minute of one server of the simulator.
 
     python -m tests.benchmarks.reach --n 12
 
