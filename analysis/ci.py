@@ -102,8 +102,7 @@ def _verdict(run: Run) -> Case:
         result = "passed"
     elif any(j.died for j in judged):
         result = "error"
-    numbers = {"safe": c.safe, "unsafe": c.unsafe, "n": c.proof and c.proof.n,
-               "lower_frac": c.proof.lower if c.proof and c.proof.load == "SAFE" else None}
+    numbers = {"safe": c.safe, "unsafe": c.unsafe, "n": c.proof and c.proof.n}
     return Case("verdict", 0.0, result, says, more, {} if run.is_run else {
         k: f"{v:.6g}" for k, v in numbers.items() if v is not None})
 

@@ -18,17 +18,16 @@ from loadgen.judge import Judgement, LoadVerdict
 from loadgen.leg import Axis
 from loadgen.validity import Measurement
 
-SCHEMA = 2  # 1 had bounds of single legs, which did not hold as often as they said
+SCHEMA = 2  # 1 had bounds, which did not hold as often as they said
 SCHEMA_FILE = Path(__file__).with_name("verdict.schema.json")
 
 
 class Proof(Struct, frozen=True):
-    """What a safe level rests on. `lower_frac`: one-sided bound of the share of good requests."""
+    """What a safe level rests on."""
 
     runs: int
     good: int
     n: int
-    lower_frac: float
 
 
 class Level(Struct, frozen=True):
@@ -102,7 +101,7 @@ def of(run: Run) -> Verdict:
     c, said, code = run.conclusion, answer.verdict, exit_code(run)
     safe = None if run.is_run else c.safe
     proof = None if safe is None or c.proof is None else Proof(
-        c.proof.legs, c.proof.good, c.proof.n, c.proof.lower)
+        c.proof.legs, c.proof.good, c.proof.n)
     return Verdict(
         schema=SCHEMA, run=run.manifest.run, created=run.manifest.created,
         model=run.manifest.model, scenario=run.scenario.name, simulated=run.simulated,

@@ -167,8 +167,7 @@ def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
         good, n, note = r["good"], r["n"], f"asked for: {percent(c.target)}"
         if not run.is_run and c.proof is not None:
             good, n = c.proof.good, c.proof.n
-            note = (f"at least {percent(c.proof.lower, down=True)}, with "
-                    f"{percent(c.confidence)} confidence")
+            note = f"{percent(c.target)} or more, with {percent(c.confidence)} confidence"
         at = "" if run.is_run else f" at {c.safe:g}"
         yield f"Goodput{at}", f"{number(r['goodput_rps'])}/s", f"of {r['offered_rps']:.3g}/s due"
         yield f"Met the SLO{at}", f"{good} of {n}", note

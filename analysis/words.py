@@ -155,7 +155,7 @@ def _headline(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> 
 def _grounds(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> list[str]:
     proof = conclusion.proof
     if conclusion.load == "SAFE" and proof is not None:
-        return [_share(run, proof.good, proof.n) + "; " + _at_least(run, proof.lower)]
+        return [f"{_share(run, proof.good, proof.n)}; {_sure(run)}."]
     if conclusion.load == "UNSAFE" or conclusion.soak_failed is not None:
         return []
     level = proof.value if proof else ramp.candidate(usable, run.criteria)
@@ -279,13 +279,8 @@ def _share(run: Run, good: int, n: int) -> str:
     return f"{good} of {n} met {slo_of(run)}" if n else "No request was due in the window"
 
 
-def _at_least(run: Run, lower: float) -> str:
-    sure = percent(run.criteria.confidence)
-    return f"with {sure} confidence at least {percent(lower, down=True)} do."
-
-
 def _sure(run: Run) -> str:
-    """What a SAFE run shows."""
+    """What SAFE says."""
     return (f"with {percent(run.criteria.confidence)} confidence {percent(run.criteria.target)} or "
             "more do")
 
