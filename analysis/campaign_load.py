@@ -28,7 +28,8 @@ from loadgen.record import Outcome
 KV_NEAR = 0.90  # of the cache: beyond it the next long answer may push another one out
 STABLE = (
     "Stable? “yes”: of the requests of all repeats together, at least the target share (95 %) met "
-    "the SLO, with 95 % confidence; nothing was preempted, the KV cache stayed below 90 %, and the "
+    "the SLO, with 95 % confidence, and no repeat came so near the limits that the next may miss "
+    "them; nothing was preempted, the KV cache stayed below 90 %, and the "
     "measurement is valid. “no”: the server died, or the same requests refute the target, or the "
     "server was in distress (more than 1 % preempted, or the cache above 95 % in more than 5 % of "
     "the samples). “near the limit”: neither, with the reason. "
@@ -71,6 +72,9 @@ def stability(own: Iterable[Measured]) -> Stability:
         return Stability("too few", f"{share}, and were all good that would prove nothing yet")
     if metrics.lower_bound(good, n, criteria.confidence) < criteria.target:
         return Stability("near the limit", share)
+    near = next((j for j in usable if j.near), None)
+    if near is not None:
+        return Stability("near the limit", near.reasons[0])
     rising = next((j for j in usable if j.rises is not None), None)
     if rising is not None:
         return Stability("near the limit", "it got slower as it went on")

@@ -247,33 +247,29 @@ def _safe(run: Run, knee: Knee | None, x: alt.X) -> list[alt.Chart]:
 
 
 def attainment(run: Run, answer: Answer) -> Chart:
-    """Per leg: the share of good requests with its one-sided bounds, against the target."""
+    """Per leg: the share of good requests, against the target."""
     legs = sorted((r for r in answer.steps.to_dict("records") if r["n"]), key=lambda r: r["value"])
     names = [f"{r['value']:g}{'' if r['phase'] in ('ladder', 'run') else ' ' + r['phase']} · "
              f"{r['good']}/{r['n']}" for r in legs]
     names = [f"{x} ({k})" if (k := names[: i + 1].count(x)) > 1 else x
              for i, x in enumerate(names)]  # a leg that was repeated has a row of its own
-    rows = [{"leg": name, "share": r["attainment_frac"], "lo": r["lower_frac"],
-             "hi": r["upper_frac"],
+    rows = [{"leg": name, "share": r["attainment_frac"],
              "load": "INVALID" if r["measurement"] == "INVALID" else r["load"]}
             for name, r in zip(names, legs, strict=True)]
     y = alt.Y("leg:O", sort=names, title=None, axis=alt.Axis(
         domain=False, ticks=False, labelPadding=10, labelOverlap=False))
-    x, lo = (alt.X(f"{field}:Q", title="", axis=alt.Axis(format="%", tickCount=5),
-                   scale=alt.Scale(domain=[0, 1.02], nice=False)) for field in ("share", "lo"))
+    x = alt.X("share:Q", title="", axis=alt.Axis(format="%", tickCount=5),
+              scale=alt.Scale(domain=[0, 1.02], nice=False))
     verdicts = ["SAFE", "UNSAFE", "UNRESOLVED", "INVALID"]
     colour = alt.Color("load:N", legend=None, scale=alt.Scale(
         domain=verdicts, range=[theme.SAFE, theme.UNSAFE, theme.UNRESOLVED, "#bbbbbb"]))
     shape = alt.Shape("load:N", legend=None, scale=alt.Scale(
         domain=verdicts, range=["circle", "triangle-left", "diamond", "cross"]))
     base = alt.Chart(data(rows)).encode(y=y, color=colour, tooltip=[
-        "load:N", alt.Tooltip("share:Q", format=".1%"),
-        alt.Tooltip("lo:Q", title="lower bound", format=".1%"),
-        alt.Tooltip("hi:Q", title="upper bound", format=".1%")])
+        "load:N", alt.Tooltip("share:Q", format=".1%")])
     target = alt.Chart(data([{"share": run.criteria.target, "text":
                                f"target {100 * run.criteria.target:g} %"}])).encode(x=x)
     return alt.layer(
-        base.mark_rule(strokeWidth=4, opacity=0.4).encode(x=lo, x2="hi:Q"),
         target.mark_rule(strokeDash=[4, 4], color=theme.INK),
         target.mark_text(align="right", baseline="bottom", dy=-4, dx=6).encode(
             y=alt.value(0), text="text:N"),

@@ -22,8 +22,7 @@ Result = Literal["passed", "failure", "error", "skipped"]
 # https://www.w3.org/TR/xml/#charsets: all else may not stand in a document, not even escaped
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 MARKUP = re.compile(r"[&<>|\\`*_~\[\]$]")
-NUMBERS = ("n", "good", "lower_frac", "achieved_rps", "goodput_rps", "ttft_p50_s", "tpot_p50_s",
-           "e2e_p50_s")
+NUMBERS = ("n", "good", "achieved_rps", "goodput_rps", "ttft_p50_s", "tpot_p50_s", "e2e_p50_s")
 
 
 class Case(Struct, frozen=True):
@@ -103,8 +102,7 @@ def _verdict(run: Run) -> Case:
         result = "passed"
     elif any(j.died for j in judged):
         result = "error"
-    numbers = {"safe": c.safe, "unsafe": c.unsafe, "n": c.proof and c.proof.n,
-               "lower_frac": c.proof and c.proof.lower}
+    numbers = {"safe": c.safe, "unsafe": c.unsafe, "n": c.proof and c.proof.n}
     return Case("verdict", 0.0, result, says, more, {} if run.is_run else {
         k: f"{v:.6g}" for k, v in numbers.items() if v is not None})
 
@@ -127,8 +125,7 @@ def _allowed(text: str) -> str:
 # ------------------------------------------------------------------------------------- Markdown
 
 
-HEADS = ("leg", "n", "met the SLO", "lower bound", "req/s", "TTFT p50", "TPOT p50", "E2E p50",
-         "errors", "verdict")
+HEADS = ("leg", "n", "met the SLO", "req/s", "TTFT p50", "TPOT p50", "E2E p50", "errors", "verdict")
 
 
 def markdown(run: Run) -> str:
@@ -153,8 +150,8 @@ def _cells(r: Mapping[Any, Any]) -> list[str]:
     """A row of `steps.table`."""
     verdict = r["load"] if r["measurement"] == "VALID" else f"{r['load']}, {r['measurement']}"
     return [plain(str(x)) for x in (
-        r["leg"], r["n"], percent(r["attainment_frac"]), percent(r["lower_frac"], down=True),
-        number(r["achieved_rps"]), *(duration(r[f"{x}_p50_s"]) for x in ("ttft", "tpot", "e2e")),
+        r["leg"], r["n"], percent(r["attainment_frac"]), number(r["achieved_rps"]),
+        *(duration(r[f"{x}_p50_s"]) for x in ("ttft", "tpot", "e2e")),
         r["errors"], "INVALID" if r["measurement"] == "INVALID" else verdict)]
 
 

@@ -18,17 +18,16 @@ from loadgen.judge import Judgement, LoadVerdict
 from loadgen.leg import Axis
 from loadgen.validity import Measurement
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had bounds, which did not hold as often as they said
 SCHEMA_FILE = Path(__file__).with_name("verdict.schema.json")
 
 
 class Proof(Struct, frozen=True):
-    """What a safe level rests on. `lower_frac`: one-sided bound of the share of good requests."""
+    """What a safe level rests on."""
 
     runs: int
     good: int
     n: int
-    lower_frac: float
 
 
 class Level(Struct, frozen=True):
@@ -39,8 +38,6 @@ class Level(Struct, frozen=True):
     phase: str
     n: int
     good: int
-    lower_frac: float
-    upper_frac: float
     load: LoadVerdict
     measurement: Measurement
     died: bool
@@ -104,7 +101,7 @@ def of(run: Run) -> Verdict:
     c, said, code = run.conclusion, answer.verdict, exit_code(run)
     safe = None if run.is_run else c.safe
     proof = None if safe is None or c.proof is None else Proof(
-        c.proof.legs, c.proof.good, c.proof.n, c.proof.lower)
+        c.proof.legs, c.proof.good, c.proof.n)
     return Verdict(
         schema=SCHEMA, run=run.manifest.run, created=run.manifest.created,
         model=run.manifest.model, scenario=run.scenario.name, simulated=run.simulated,
@@ -125,9 +122,8 @@ def of(run: Run) -> Verdict:
 def _level(j: Judgement, row: Mapping[Any, Any]) -> Level:
     numbers = {name: None if pd.isna(row[name]) else float(row[name])
                for name in Level.__struct_fields__ if name.endswith(("_rps", "_s"))}
-    return Level(leg=j.leg, value=j.value, phase=j.phase, n=j.n, good=j.good, lower_frac=j.lower,
-                 upper_frac=j.upper, load=j.load, measurement=j.measurement, died=j.died,
-                 reasons=j.reasons, **numbers)
+    return Level(leg=j.leg, value=j.value, phase=j.phase, n=j.n, good=j.good, load=j.load,
+                 measurement=j.measurement, died=j.died, reasons=j.reasons, **numbers)
 
 
 def encoded(run: Run) -> bytes:

@@ -11,6 +11,8 @@ MISSES = {**NAMES, "answer": "an answer that is not valid"}
 NOT_OURS = {  # rules of a measurement that is INVALID, and no fault of the generator's
     "foreign-load": "somebody else loaded the server",
     "prompts-reused": "the server's prefix cache knew the prompts"}
+NO_BOUND = ("No interval stands beside the share of one leg: near the limits it cannot show how "
+            "unlike it the next would be.")
 DAILY = 0.8  # of the safe load: what is proven holds at its edge, and days differ
 
 

@@ -21,6 +21,7 @@ from analysis import (
     checked,
     frame,
     given,
+    phrases,
     steps,
     tables,
     theme,
@@ -163,12 +164,13 @@ def _keys(run: Run, answer: Answer) -> Iterator[tuple[str, str, str]]:
                or holds.kv_cache_tok is None else
                f"{holds.kv_cache_tok:,} KV tokens, {holds.live_tok:,.0f} per request")
     for r in (x for x in rows if run.is_run or x["value"] == c.safe):
-        good, n, lower = ((r["good"], r["n"], r["lower_frac"]) if run.is_run or c.proof is None
-                          else (c.proof.good, c.proof.n, c.proof.lower))
+        good, n, note = r["good"], r["n"], f"asked for: {percent(c.target)}"
+        if not run.is_run and c.proof is not None:
+            good, n = c.proof.good, c.proof.n
+            note = f"{percent(c.target)} or more, with {percent(c.confidence)} confidence"
         at = "" if run.is_run else f" at {c.safe:g}"
         yield f"Goodput{at}", f"{number(r['goodput_rps'])}/s", f"of {r['offered_rps']:.3g}/s due"
-        yield (f"Met the SLO{at}", f"{good} of {n}", f"at least {percent(lower, down=True)}, "
-               f"with {percent(c.confidence)} confidence")
+        yield f"Met the SLO{at}", f"{good} of {n}", note
         yield (f"TTFT{at}", duration(r["ttft_p50_s"]), f"median; p90 {duration(r['ttft_p90_s'])}")
         yield (f"TPOT{at}", duration(r["tpot_p50_s"]), f"median; p90 {duration(r['tpot_p90_s'])}")
     if knee is not None and knee.peak_rps is not None:
@@ -211,8 +213,8 @@ def _level_charts(run: Run, answer: Answer, drawn: list[Chart]) -> Iterator[str]
                "load”.</p>")
         yield _figure(drawn, charts.quality(rows))
     yield "<h2>Attainment of the SLO</h2>"
-    yield ('<p class="muted">Share of requests that met every limit, with one-sided '
-           f"{percent(run.criteria.confidence)} bounds; left the level and how many of how many. "
+    yield ('<p class="muted">Share of requests that met every limit; left the level and how many '
+           f"of how many. {phrases.NO_BOUND} "
            + " ".join(SWATCH.format(c, t) for c, t in (
                    (theme.SAFE, "safe"), (theme.UNSAFE, "unsafe"),
                    (theme.UNRESOLVED, "unresolved: too few to tell"))) + "</p>")

@@ -12,7 +12,6 @@ from analysis import frame
 from analysis.frame import Floats, Run
 from loadgen import metrics
 from loadgen.balance import stalls_inside
-from loadgen.evidence import bounds_of
 from loadgen.judge import Judgement
 from loadgen.leg import Window
 from loadgen.record import Outcome
@@ -63,17 +62,15 @@ def _leg_row(run: Run, i: int) -> dict[str, object]:
 
 
 def _counts(run: Run, legs: Sequence[Judgement]) -> dict[str, object]:
-    """Rates of several legs are weighted by their windows. Bounds are one-sided ones."""
+    """Rates of several legs are weighted by their windows."""
     n, good = sum(j.n for j in legs), sum(j.good for j in legs)
     errors, window_s = sum(j.errors for j in legs), sum(j.window_s for j in legs)
-    lower, upper = bounds_of(legs, run.criteria)
     return {
         "window_s": window_s, "n": n, "void": sum(j.void for j in legs), "good": good,
         "offered_rps": sum(j.offered_rps * j.window_s for j in legs) / window_s,
         "achieved_rps": sum(j.achieved_rps * j.window_s for j in legs) / window_s,
         "goodput_rps": sum(j.goodput_rps * j.window_s for j in legs) / window_s,
         "attainment_frac": good / n if n else None,
-        "lower_frac": lower, "upper_frac": upper,
         "errors": errors, "error_frac": errors / n if n else None}
 
 
@@ -209,8 +206,7 @@ def cells(r: Mapping[Any, Any]) -> list[str]:
     """A row of `table` as people read it, in the order of HEADS."""
     return [
         str(r["leg"]), number(r["n"], ".0f"),
-        f"{percent(r['attainment_frac'])} (≥ {percent(r['lower_frac'], down=True)})",
-        str(r["load"]), str(r["measurement"]),
+        percent(r["attainment_frac"]), str(r["load"]), str(r["measurement"]),
         *(number(r[x]) for x in ("offered_rps", "achieved_rps", "goodput_rps")),
         *(f"{duration(r[f'{x}_p50_s'])} / {duration(r[f'{x}_p90_s'])}"
           for x in ("ttft", "tpot", "e2e")),

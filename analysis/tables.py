@@ -48,7 +48,7 @@ def of(run: Run, answer: Answer) -> Iterator[str]:
     rows = answer.steps.to_dict("records")
     yield "<h2>All legs</h2>"
     yield ('<p class="muted">A p90 stands only where there are '
-           f"{charts.FEW} values or more. In brackets the lower bound.</p>")
+           f"{charts.FEW} values or more. {phrases.NO_BOUND}</p>")
     cells = [steps.cells(r) for r in rows]  # in two tables: one would be twice the page's width
     yield table(steps.HEADS[:FIRST], (own[:FIRST] for own in cells))
     yield table(("leg", *steps.HEADS[FIRST:], *MORE), (

@@ -16,7 +16,6 @@ from analysis.phrases import (
 )
 from analysis.steps import percent
 from loadgen import metrics, ramp
-from loadgen.evidence import bounds_of
 from loadgen.judge import KV_FULL_FRAC, PREEMPTED_FRAC, Judgement, ServerSigns
 from loadgen.ramp import Conclusion
 from loadgen.validity import Finding
@@ -71,7 +70,7 @@ def _unresolved(run: Run, c: Conclusion) -> list[str]:
                 "Run it again with more time: --budget."]
     above = _next(run, c) if c.unsafe is not None else "No tested level was shown to be unsafe."
     return [f"Unresolved: no level{under} was shown to be safe (at {level:g}, {good} of {n} met "
-            f"{slo_of(run)}: the true share may be anything from {_between(run, own)}).",
+            f"{slo_of(run)}).",
             above, _settle(run, own, "--budget")]
 
 
@@ -148,8 +147,13 @@ def _one(run: Run, j: Judgement) -> list[str]:
                     not_valid.advice(run, j)]
         return [f"Not met at {where}{sure}.", cause(run, j),
                 "Try a lower load: `loadgen sweep` finds the largest safe one."]
-    return [f"Unresolved at {where}: {j.good} of {j.n} met {slo_of(run)}, and the true share may "
-            f"be anything from {_between(run, [j])}.",
+    if j.near and j.strain is not None:
+        return [f"Unresolved at {where}: {j.good} of {j.n} met {slo_of(run)}, but "
+                f"{percent(1 - run.criteria.target)} came to {percent(round(j.strain, 2))} of a "
+                "limit or more.",
+                "So near the limits runs of one server differ, and another may well miss them.",
+                "`loadgen sweep` makes several and tells; or try a lower load."]
+    return [f"Unresolved at {where}: {j.good} of {j.n} met {slo_of(run)}.",
             not_valid.says(run, j) if not_valid.is_why(run, j) else
             f"Asked for is {target} with {percent(run.criteria.confidence)} confidence.",
             _settle(run, [j], "-t" if "locust" in run.manifest.command[:1] else "--duration")]
@@ -234,11 +238,6 @@ def _mend(j: Judgement) -> str:
 
 def _sure(run: Run) -> str:
     return f"{percent(run.criteria.confidence)} confident that"
-
-
-def _between(run: Run, legs: Sequence[Judgement]) -> str:
-    lower, upper = bounds_of(legs, run.criteria)
-    return f"{percent(lower, down=True)} to {percent(upper)}"
 
 
 def _settle(run: Run, legs: Sequence[Judgement], option: str) -> str:

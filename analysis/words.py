@@ -18,7 +18,6 @@ from analysis.limits import Binding
 from analysis.phrases import MISSES, NOT_OURS, count, load_of, slo_of
 from analysis.steps import percent
 from loadgen import metrics, ramp
-from loadgen.evidence import bounds_of
 from loadgen.judge import Judgement, LoadVerdict
 from loadgen.ramp import Conclusion
 from loadgen.validity import Finding, Measurement
@@ -158,7 +157,7 @@ def _headline(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> 
 def _grounds(run: Run, conclusion: Conclusion, usable: Sequence[Judgement]) -> list[str]:
     proof = conclusion.proof
     if conclusion.load == "SAFE" and proof is not None:
-        return [_share(run, proof.good, proof.n) + "; " + _at_least(run, proof.lower)]
+        return [f"{_share(run, proof.good, proof.n)}; {_sure(run)}."]
     if conclusion.load == "UNSAFE" or conclusion.soak_failed is not None:
         return []
     level = proof.value if proof else ramp.candidate(usable, run.criteria)
@@ -200,7 +199,7 @@ def of_leg(run: Run, j: Judgement) -> Verdict:
         return Verdict("UNRESOLVED", "INVALID", f"No verdict at {where}: {_generator(run)}",
                        [*_findings(j.findings), f"{share}."])
     if j.load == "SAFE":
-        head, rest = f"Met at {where}", [share + "; " + _at_least(run, j.lower)]
+        head, rest = f"Met at {where}", [f"{share}; {_sure(run)}."]
     elif j.load == "UNSAFE":
         head = f"The server died at {where}" if j.died else f"Not met at {where}"
         rest = [_unsafe(run, [j], j.value, f"met {slo_of(run)}"),
@@ -272,8 +271,7 @@ def _of_each(run: Run, j: Judgement, met: str) -> str:
                                    "no request was due in the window")
     if _kind(j) == "INVALID":
         return f"{share}, which tells nothing: {_findings(j.findings)[0]}"
-    return f"{share}; " + (_at_least(run, j.lower) if j.load == "SAFE"
-                           else _settle(run, [j]))
+    return f"{share}; " + (f"{_sure(run)}." if j.load == "SAFE" else _settle(run, [j]))
 
 
 # ------------------------------------------------------------------------------------- phrases
@@ -283,9 +281,10 @@ def _share(run: Run, good: int, n: int) -> str:
     return f"{good} of {n} met {slo_of(run)}" if n else "No request was due in the window"
 
 
-def _at_least(run: Run, lower: float) -> str:
-    sure = percent(run.criteria.confidence)
-    return f"with {sure} confidence at least {percent(lower, down=True)} do."
+def _sure(run: Run) -> str:
+    """What SAFE says."""
+    return (f"with {percent(run.criteria.confidence)} confidence {percent(run.criteria.target)} or "
+            "more do")
 
 
 def _generator(run: Run) -> str:
@@ -299,15 +298,20 @@ def _generator(run: Run) -> str:
 def _settle(run: Run, legs: Sequence[Judgement]) -> str:
     target, confidence = run.criteria.target, run.criteria.confidence
     good, n = sum(j.good for j in legs), sum(j.n for j in legs)
-    lower, upper = bounds_of(legs, run.criteria)
-    bounds = f"the true share lies between {percent(lower, down=True)} and {percent(upper)}"
+    if len(legs) == 1 and (legs[0].near or legs[0].rises is not None):
+        return f"{_after(legs[0].reasons[0])}."
     miss = (n - good) / n if n else 0.0
     more = metrics.needed_n(target, miss, confidence) if miss < 1 - target else None
     if more is None:
-        return f"{bounds}; at this share no number of requests would show {percent(target)}."
+        return f"at this share no number of requests would show {percent(target)}."
     missing = count(more - n, "more request") if more > n else "a few more requests"
     longer = "a longer run" if run.is_run else "more with --budget"
-    return f"{bounds}; {missing} at this share would show {percent(target)}: {longer}."
+    return f"{missing} at this share would show {percent(target)}: {longer}."
+
+
+def _after(reason: str) -> str:
+    """A reason without the share that it begins with."""
+    return reason.partition(" requests met the SLO, ")[2] or reason
 
 
 def _findings(findings: Sequence[Finding]) -> list[str]:

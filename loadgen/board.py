@@ -71,7 +71,6 @@ class Judged(Struct, frozen=True, tag=True):
     level: float
     good: int
     n: int
-    lower_frac: float
     load: str
     measurement: str
 
@@ -99,10 +98,9 @@ class _Histogram:
 class Board:
     """`facts`: of the run, for its info. All requests that end count, those of the warm-up too."""
 
-    def __init__(self, scenario: Scenario, facts: dict[str, str], target_frac: float,
-                 confidence: float) -> None:
+    def __init__(self, scenario: Scenario, facts: dict[str, str], target_frac: float) -> None:
         self._slos = {c.name: scenario.slo_of(c.name) for c in scenario.classes}
-        self._facts, self._target_frac, self._confidence = facts, target_frac, confidence
+        self._facts, self._target_frac = facts, target_frac
         names = list(self._slos)
         self._ended: Counter[tuple[str, str]] = Counter({(c, "OK"): 0 for c in names})
         self._good: Counter[str] = Counter(dict.fromkeys(names, 0))
@@ -199,9 +197,6 @@ class Board:
                  now.cpu_frac),
                 ("attainment_ratio", "Share of the measured requests of the leg so far that met "
                  "every limit; answers are checked when it is over",
-                 now.good / now.sampled if now.sampled else None),
-                ("attainment_lower_bound_ratio", "One-sided lower bound of that share",
-                 metrics.lower_bound(now.good, now.sampled, self._confidence)
-                 if now.sampled else None)):
+                 now.good / now.sampled if now.sampled else None)):
             if value is not None:
                 yield GaugeMetricFamily(f"loadgen_{name}", says, value)

@@ -168,17 +168,6 @@ def has_margin(legs: Sequence[Judgement], in_the_end: bool = False) -> bool:
     return mean + margin * math.sqrt(variance * (1 + (0 if in_the_end else 1 / r))) <= 0
 
 
-def bounds_of(legs: Sequence[Judgement], criteria: Criteria) -> tuple[float, float]:
-    """One-sided bounds of the share that these legs of one load show: of one leg its own; of
-    several, as of so many independent requests as all of them are worth."""
-    if len(legs) == 1:
-        return legs[0].lower, legs[0].upper
-    good, n = sum(j.good for j in legs), sum(j.n for j in legs)
-    worth = 1 / sequential.design_effect([_blocks(j) for j in legs], criteria.runs_differ)
-    return (metrics.lower_bound(good * worth, n * worth, criteria.confidence),
-            metrics.upper_bound(good * worth, n * worth, criteria.confidence))
-
-
 def contradicts(j: Judgement, criteria: Criteria) -> bool:
     """This leg alone shows that its level is not safe. Of a confirmation only distress and a
     refuted class do: its share counts together with the others of its level, as one bad run in

@@ -93,7 +93,7 @@ class Exporter:
                            now.cpu_frac))
 
     def judged(self, leg: Leg, j: Judgement) -> None:
-        self._send(Judged(leg.id, leg.phase, leg.value, j.good, j.n, j.lower, j.load,
+        self._send(Judged(leg.id, leg.phase, leg.value, j.good, j.n, j.load,
                           j.measurement))
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ def board_of(manifest: Manifest) -> Board:
              "version": manifest.versions.get("loadgen", ""),
              "simulated": str(bool(manifest.server.get("simulated"))).lower()}
     mix = scenario.parse(manifest.scenario, "manifest")
-    return Board(mix, {**facts, "scenario": mix.name}, manifest.target_frac, manifest.confidence)
+    return Board(mix, {**facts, "scenario": mix.name}, manifest.target_frac)
 
 
 class _Server(ThreadingHTTPServer):

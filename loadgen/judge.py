@@ -3,9 +3,13 @@ Used by the running sweep and by the analysis alike, so that both say the same.
 
 A leg's bounds are Clopper and Pearson's, of as many requests as its own are worth: requests of one
 moment share their fate, so the sample is cut into blocks longer than an answer, whose spread says
-by how much (`sequential.clumping`). A leg of a search speaks for its level, not for itself, so that
-the difference between runs counts as well. What several legs of a level show together is in
-`evidence`."""
+by how much (`sequential.clumping`), and runs differ. What several legs of a level show together is
+in `evidence`.
+
+These bounds decide, and are not printed: near the limits one leg cannot show how unlike it the next
+would be, so that no bound of a leg holds as often as it says (docs/method.md). A run is SAFE only
+where, besides, it kept the limits by as much as runs differ in how near they come to them
+(`worth`)."""
 
 import math
 from collections import Counter
@@ -14,7 +18,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from loadgen import balance, headroom, metrics, sequential, settle, validity
+from loadgen import balance, headroom, metrics, sequential, settle, validity, worth
 from loadgen.balance import Balance, Counted
 from loadgen.headroom import Calibration
 from loadgen.leg import Leg, Phase, Window
@@ -112,6 +116,7 @@ class Judgement(Struct, frozen=True):
     excused: bool = False  # … and but for that it would be UNSAFE
     each_session: float = 1.0  # requests due in the window for each session that began in it
     prompt_tok: int = 0  # of the requests that were due in the window
+    near: bool = False  # a run that would be SAFE but for how near it came to the limits
 
     @property
     def attainment(self) -> float | None:
@@ -144,9 +149,12 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
                      answer_s or 0.0)
     crowded = _is_crowded(leg, answer_s)
     spared = [not w or (crowded and CROWDS.issuperset(w)) for w in why]
-    worth, upper_worth = worth_of(leg.phase, blocks, criteria)
+    window_s = max(window.to_ns - window.from_ns, 1) / 1e9
+    answers = max(1.0, window_s / answer_s) if answer_s else 1.0  # one after the other
+    differ = (criteria.runs_differ, criteria.refutes_differ)
+    lower_worth, upper_worth = worth.of(leg, answers, blocks, differ)
     sure = criteria.confidence if leg.phase == "run" else criteria.refute
-    lower = metrics.lower_bound(good * worth, n * worth, criteria.confidence)
+    lower = metrics.lower_bound(good * lower_worth, n * lower_worth, criteria.confidence)
     upper = metrics.upper_bound(good * upper_worth, n * upper_worth, sure)
     errors = sum(r.outcome not in NOT_ERRORS for r in sample)
     books = balance.of(leg, window, sample, records, signs.counted, scenario.thinks)
@@ -160,26 +168,32 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
     distress = _distress(signs, n)
     at_most = metrics.upper_bound(sum(spared) * upper_worth, n * upper_worth, sure)
     each = 1 - (1 - sure) / len(classes)  # so that all classes together err as one test would
-    refuted = [c for c, (_, m) in classes.items()
-               if m and metrics.upper_bound(
-                   sum(ok for r, ok in zip(sample, spared, strict=True) if r.cls == c)
-                   * upper_worth, m * upper_worth, each) < criteria.target]
+    refuted = []
+    for c, (_, m) in classes.items():
+        own = worth.of(leg, answers, blocks, differ, m)[1] if leg.phase == "run" else upper_worth
+        kept = sum(ok for r, ok in zip(sample, spared, strict=True) if r.cls == c)
+        if m and metrics.upper_bound(kept * own, m * own, each) < criteria.target:
+            refuted.append(c)
     strains = sorted(((r.due_ns, x, is_due(window, r)) for r in records
                       if not window.is_void(r.due_ns, r.end_ns)
                       and (x := metrics.strain(r, slos[r.cls])) is not None), key=lambda x: x[0])
     inside = [x for _, x, due_inside in strains if due_inside]
     rises = settle.rises(inside) if leg.phase in STEADY else None
+    strain = _strain(inside, criteria.target)
+    near = leg.phase == "run" and strain is not None and (
+        worth.kept_within(leg.load, answers) < strain < math.inf)
     load: LoadVerdict = "UNRESOLVED"
     if distress or refuted or at_most < criteria.target:
         load = "UNSAFE"
-    elif lower >= criteria.target and rises is None:
+    elif lower >= criteria.target and rises is None and not near:
         load = "SAFE"
-    window_s = max(window.to_ns - window.from_ns, 1) / 1e9
+    near = near and load == "UNRESOLVED" and lower >= criteria.target and rises is None
     shares = [(metrics.share_inside(r, window.from_ns, window.to_ns), r) for r in records]
     return Judgement(
         leg=leg.id, value=leg.value, phase=leg.phase, n=n, good=good, void=due - n, lower=lower,
         upper=upper, measurement=validity.verdict(findings), load=load,
-        reasons=distress + _reasons(load, good, n, upper, criteria, refuted, rises, worth, crowded),
+        reasons=distress + (_too_near(good, n, strain, criteria) if near and strain else _reasons(
+            load, good, n, upper, criteria, refuted, rises, lower_worth, crowded)),
         findings=findings,
         misses=dict(Counter(x for w in why for x in w)),
         outcomes=dict(Counter(r.outcome.value for r in sample)), errors=errors,
@@ -193,9 +207,9 @@ def judge(leg: Leg, window: Window, records: Sequence[RequestRecord], signs: Ser
         ttft_p50_s=_median(sample, metrics.ttft_s), tpot_p50_s=_median(sample, metrics.tpot_s),
         e2e_p50_s=_median(sample, metrics.e2e_s), answer_s=answer_s, balance=books,
         distress=bool(distress), open_loop=not isinstance(leg.load, Closed),
-        blocks=blocks, strain=_strain(inside, criteria.target),
+        blocks=blocks, strain=strain,
         settled_s=_settled_s(window, strains), rises=rises,
-        crowded=crowded, excused=load != "UNSAFE" and upper < criteria.target,
+        crowded=crowded, excused=load != "UNSAFE" and upper < criteria.target, near=near,
         each_session=max(1.0, due / max(1, sum(is_due(window, r) and not r.turn for r in records))),
         prompt_tok=sum(r.want_prompt_tok or r.prompt_tok or 0 for r in sample))
 
@@ -208,17 +222,6 @@ def _is_crowded(leg: Leg, answer_s: float | None) -> bool:
     return (leg.phase not in ("run", "unit") and isinstance(leg.load, Closed)
             and leg.load.concurrency > 1 and answer_s is not None
             and leg.warmup_s < CROWDED * answer_s)
-
-
-def worth_of(phase: Phase, blocks: sequential.Blocks,
-             criteria: Criteria) -> tuple[float, float]:
-    """What share of a leg's requests it is worth in independent ones, for the lower bound and for
-    the upper one. A run speaks for itself, a leg of a search for its level."""
-    if phase == "run":
-        worth = 1 / sequential.design_effect([blocks], 0.0)
-        return worth, worth
-    return (1 / sequential.design_effect([blocks], criteria.runs_differ),
-            1 / sequential.design_effect([blocks], criteria.refutes_differ))
 
 
 def _blocks(window: Window, seen: Sequence[tuple[int, bool]],
@@ -273,8 +276,14 @@ def _distress(signs: ServerSigns, n: int) -> list[str]:
     return found
 
 
+def _too_near(good: int, n: int, strain: float, criteria: Criteria) -> list[str]:
+    return [f"{good} of {n} requests met the SLO, but {100 * (1 - criteria.target):.3g} % came to "
+            f"{100 * strain:.0f} % of a limit or more: another run may well miss it"]
+
+
 def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Criteria,
-             refuted: list[str], rises: float | None, worth: float, crowded: bool) -> list[str]:
+             refuted: list[str], rises: float | None, lower_worth: float,
+             crowded: bool) -> list[str]:
     share = f"{good} of {n} requests met the SLO"
     if n == 0:
         return ["no request was due in the window"]
@@ -291,7 +300,7 @@ def _reasons(load: LoadVerdict, good: int, n: int, upper: float, criteria: Crite
                 "near to the limits as its first"]
     if load == "UNRESOLVED":
         more = metrics.needed_n(criteria.target, (n - good) / n, criteria.confidence)
-        more = math.ceil(more / worth) if more else None
+        more = math.ceil(more / lower_worth) if more else None
         hint = f"; {more - n} more at this share would" if more and more > n else ""
         return [f"{share}: too few to show {100 * criteria.target:g} %{hint}"]
     return [share]

@@ -91,7 +91,7 @@ def test_counts_times_and_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     assert (float(first.attrib["time"]), float(suite.attrib["time"])) == (70.0, 210.0)
     numbers = {p.attrib["name"]: float(p.attrib["value"]) for p in first.iter("property")}
     assert (numbers["n"], numbers["good"]) == (80, 80)
-    assert numbers["lower_frac"] == pytest.approx(run.judgements[0].lower, rel=1e-5)
+    assert not [x for x in numbers if "lower" in x or "upper" in x]  # of one leg none holds
     assert numbers["ttft_p50_s"] == pytest.approx(0.04)
 
 

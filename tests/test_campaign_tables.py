@@ -188,7 +188,7 @@ def test_the_longest_output_says_how_many_came_and_why_it_ended(tmp_path: Path) 
 @pytest.mark.parametrize(("takes_s", "ending", "answer"), [
     ([0.4] * 80, "done", "yes"), ([25.0] * 80, "done", "no"),
     ([0.4] * 10, "done", "too few"), ([0.4] * 75 + [25.0] * 3, "done", "near the limit"),
-    ([0.4] * 80, "server_died", "no")])
+    ([0.54] * 80, "done", "near the limit"), ([0.4] * 80, "server_died", "no")])
 def test_stable_has_the_definition_of_its_note(tmp_path: Path, takes_s: list[float],
                                                ending: Ending, answer: str) -> None:
     folder = Folder(tmp_path, work("a", "concurrency"))

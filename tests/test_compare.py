@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from analysis import compare, frame
+from analysis import compare, comparison, frame
 from analysis.compare import Difference
 from loadgen import cli
-from loadgen.leg import Window
+from loadgen.leg import Leg, Window
 from loadgen.scenario import to_plain
 from tests import synthetic
 from tests.real import loadgen
@@ -24,8 +25,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def slower(path: Path, by: float) -> Path:
     """A copy of the run whose every first token came later by a factor."""
-    import msgspec
-
     from loadgen.store import RunFolder
 
     folder = RunFolder(path)
@@ -90,6 +89,49 @@ def clumped(path: Path, rng: np.random.Generator) -> Path:
         records.append(synthetic.answer_of(leg, due, takes_s, seq=k))
     window = Window(leg.id, 100 * S, 100 * S, 160 * S, 170 * S, "done")
     return synthetic.write_plain(path, Plain([(leg, window)], records))
+
+
+def even(path: Path, *speeds: float, seed: int = 0) -> Path:
+    """A leg of a minute at each speed, one after the other, of answers that are much alike."""
+    rng = np.random.default_rng(seed)
+    legs: list[tuple[Leg, Window | None]] = []
+    records = []
+    for i, speed in enumerate(speeds):
+        leg = synthetic.leg(4, "run", 60.0, 0.0)
+        leg = msgspec.structs.replace(leg, id=f"{leg.id}-{i}")
+        from_s = 100 * (i + 1)
+        legs.append((leg, Window(leg.id, from_s * S, from_s * S, (from_s + 60) * S,
+                                 (from_s + 70) * S, "done")))
+        records += [synthetic.answer_of(leg, from_s * S + k * S // 5,
+                                        1.5 / speed * float(np.exp(rng.normal(0, 0.02))), seq=k)
+                    for k in range(300)]
+    return synthetic.write_plain(path, Plain(legs, records))
+
+
+def test_a_server_that_runs_two_percent_faster_today_is_no_evidence(tmp_path: Path) -> None:
+    """As it may from run to run: its blocks alone would tell the two apart."""
+    base = even(tmp_path / "base", 1.0)
+    found = differences(base, even(tmp_path / "new", 1.02, seed=1))
+    assert {d.change for d in found} == {"no evidence"}
+    e2e = next(d for d in found if d.name == "e2e_p50")
+    assert -0.1 < e2e.lo < -0.06 < 0.03 < e2e.hi < 0.07
+    slow = {d.name: d.change for d in differences(base, even(tmp_path / "slow", 0.85, seed=2))}
+    assert slow["e2e_p50"] == "worse"
+
+
+def test_legs_of_one_level_that_differ_more_widen_the_interval(tmp_path: Path) -> None:
+    """And as many that do not leave it as wide as it was: they share their server's start."""
+    widths = []
+    for i, speeds in enumerate(((1.0,), (1.0, 1.0, 1.0), (0.9, 1.0, 1.1))):
+        found = differences(even(tmp_path / f"a{i}", *speeds), even(tmp_path / f"b{i}", 1.0))
+        widths.append(next(d.hi - d.lo for d in found if d.name == "e2e_p50"))
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
+    assert widths[2] > 2 * widths[0]
+
+
+def test_what_is_assumed_between_runs_is_said(base: Path) -> None:
+    said = [*comparison.sentences(compare.compare(frame.load(base), frame.load(base)))]
+    assert "their latencies differ by 2% (standard deviation; in an open loop by 4%)" in said[-1]
 
 
 def test_a_percentile_is_compared_only_where_both_have_one(base: Path) -> None:

@@ -36,7 +36,8 @@ ALLOWED = {
     "turns": "record scenario",
     "validity": "balance headroom leg metrics record scenario sources turns",
     "sequential": "", "settle": "",
-    "judge": "balance headroom leg metrics record scenario sequential settle validity",
+    "worth": "leg scenario sequential",
+    "judge": "balance headroom leg metrics record scenario sequential settle validity worth",
     "evidence": "judge leg metrics sequential soaks",
     "exits": "errors evidence judge",
     "pace": "evidence judge leg scenario sequential",
@@ -105,15 +106,15 @@ FLEET = "loadgen.fleet"  # may import all of loadgen but its command line
 ANALYSIS_MAY = {"record", "store", "metrics", "balance", "judge", "validity", "leg", "ramp",
                 "scenario", "telemetry.signs", "errors", "evidence", "exits", "headroom",
                 "terminal", "unit", "campaign", "cells", "answers", "openai",
-                "outputs", "validate"}
+                "outputs", "validate", "sequential"}
 SERVERS_MAY = {"errors", "target"}
 COMPOSERS = {"loadgen.cli", "loadgen.measure", "loadgen.options", "loadgen.runner",
              "loadgen.selftest", "loadgen.virtual",
              "loadgen.fleet.prepare", "loadgen.fleet.lifecycle"}  # only they know the other houses
 
 PURE = {"config", "errors", "bulk", "texts", "sse", "openai", "record", "metrics", "balance",
-        "validity", "sequential", "settle", "judge", "soaks", "evidence", "exits", "pace", "checks",
-        "ramp", "leg",
+        "validity", "sequential", "settle", "worth", "judge", "soaks", "evidence", "exits", "pace",
+        "checks", "ramp", "leg",
         "stages", "deadline", "plan", "sources", "datasets", "prompts", "scenario", "health",
         "target", "expect", "tasks", "validate", "repeats", "code", "schema", "telemetry.signs",
         "headroom", "rungs", "presets", "hosts.clock", "hosts.ledger", "hosts.tallies",

@@ -8,10 +8,11 @@ import pytest
 from msgspec import structs
 from scipy import stats
 
+from loadgen import worth
 from loadgen.judge import Criteria, Judgement, ServerSigns, judge
 from loadgen.leg import Leg, Phase, Window
 from loadgen.record import Outcome, RequestRecord
-from loadgen.scenario import Closed, RequestClass, Scenario, Seconds, Slo
+from loadgen.scenario import Closed, Open, PerSecond, RequestClass, Scenario, Seconds, Slo
 
 S = 1_000_000_000
 SCENARIO = Scenario(
@@ -74,8 +75,17 @@ TABLE = [
     (59, 59, "SAFE"), (58, 58, "UNRESOLVED"), (92, 93, "SAFE"), (91, 92, "UNRESOLVED"),
     (292, 300, "SAFE"), (291, 300, "UNRESOLVED"), (0, 0, "UNRESOLVED"),
     (1, 1, "UNRESOLVED"), (0, 1, "UNRESOLVED"), (0, 2, "UNSAFE"), (18, 20, "UNRESOLVED"),
-    (17, 20, "UNRESOLVED"), (16, 20, "UNSAFE"), (279, 300, "UNRESOLVED"), (278, 300, "UNSAFE"),
+    (16, 20, "UNRESOLVED"), (15, 20, "UNSAFE"), (260, 300, "UNRESOLVED"), (250, 300, "UNSAFE"),
     (0, 300, "UNSAFE")]
+
+
+def worth_in_a_run(good: int, n: int) -> float:
+    """Of requests that would refute it, all due at one moment of 10 s: answers take 2 s, slow ones
+    3 s, so that 5 follow one another, at most; legs of 4 have the ρ of a search."""
+    if not n:
+        return 1.0
+    answers = 10 / ((2 * good + 3 * (n - good)) / n)
+    return 1 / (1 + (n - 1) * Criteria().refutes_differ * min(1.0, 4 / answers))
 
 
 @pytest.mark.parametrize(("good", "n", "load"), TABLE)
@@ -84,28 +94,64 @@ def test_a_level_is_safe_or_unsafe_only_where_a_bound_says_so(good: Any, n: Any,
     assert (j.load, j.good, j.n) == (load, good, n)
     assert j.lower == pytest.approx(stats.beta.ppf(0.05, good, n - good + 1) if good else 0.0,
                                     abs=1e-7)
-    assert j.upper == pytest.approx(stats.beta.ppf(0.95, good + 1, n - good) if good < n else 1.0,
-                                    abs=1e-7)
+    each = worth_in_a_run(good, n)
+    assert j.upper == pytest.approx(stats.beta.ppf(
+        0.95, good * each + 1, (n - good) * each) if good < n else 1.0, abs=1e-7)
 
 
 @pytest.mark.parametrize(("good", "n"), [(g, n) for n in (10, 100, 300)
                                          for g in range(n // 2, n + 1, 1 + n // 40)])
 def test_confirmed_verdicts_are_those_of_the_beta_distribution(good: Any, n: Any) -> None:
     low = stats.beta.ppf(0.05, good, n - good + 1)
-    high = stats.beta.ppf(0.95, good + 1, n - good) if good < n else 1.0
+    each = worth_in_a_run(good, n)
+    high = stats.beta.ppf(0.95, good * each + 1, (n - good) * each) if good < n else 1.0
     wanted = "SAFE" if low >= 0.95 else "UNSAFE" if high < 0.95 else "UNRESOLVED"
     assert of(good, n).load == wanted
 
 
 def test_a_leg_of_a_search_refutes_only_at_more_confidence() -> None:
-    """It speaks for its level, and other runs of that level may be better: its 300 requests are
-    worth 23, and it is one of many legs."""
-    assert of(277, 300).load == "UNSAFE"
-    assert of(277, 300, phase="ladder").load == "UNRESOLVED"
+    """It is one of many, and others of its level may be better: its 300 requests are worth 23."""
+    assert of(240, 300).load == "UNSAFE"
+    assert of(240, 300, phase="ladder").load == "UNRESOLVED"
     assert of(200, 300, phase="ladder").load == "UNSAFE"
-    worth = 1 / (1 + 299 * Criteria().runs_differ)
+    each = 1 / (1 + 299 * Criteria().runs_differ)
     assert of(277, 300, phase="confirm").lower == pytest.approx(
-        stats.beta.ppf(0.05, 277 * worth, 23 * worth + 1), abs=1e-7)
+        stats.beta.ppf(0.05, 277 * each, 23 * each + 1), abs=1e-7)
+
+
+def test_a_run_that_came_near_its_limits_is_not_safe() -> None:
+    """Of a minute with answers of 8 s, 0.91 of a limit in a closed loop and 0.72 in an open one."""
+    load, none = (leg().load, Open(PerSecond(4.0)))
+    assert worth.kept_within(load, 60 / 8) == pytest.approx(0.906, abs=1e-3)
+    assert worth.kept_within(none, 60 / 8) == pytest.approx(0.722, abs=1e-3)
+    far, near = (verdict([record(ttft_s=x)] * 100) for x in (1.7, 1.8))
+    assert (far.load, far.near) == ("SAFE", False)
+    assert (near.load, near.near, near.good) == ("UNRESOLVED", True, 100)
+    assert near.reasons == ["100 of 100 requests met the SLO, but 5 % came to 90 % of a limit or "
+                            "more: another run may well miss it"]
+    open_ = structs.replace(leg(), axis="rate", load=none)
+    assert judge(open_, WINDOW, [record(ttft_s=1.7)] * 100, ServerSigns(), SCENARIO,
+                 Criteria()).near
+    assert verdict([record(ttft_s=1.8)] * 100, phase="confirm").load == "SAFE"  # several prove
+
+
+def test_few_that_came_near_are_few_and_not_near() -> None:
+    j = verdict([record(ttft_s=1.9)] * 50)
+    assert (j.load, j.near) == ("UNRESOLVED", False)
+    assert "too few" in j.reasons[0]
+    assert not of(0, 100).near
+
+
+def test_a_longer_run_may_come_nearer_and_refutes_by_less() -> None:
+    closed, none = leg(), structs.replace(leg(), load=Open(PerSecond(4.0)))
+    for one in (closed, none):
+        kept = [worth.kept_within(one.load, x) for x in (1, 4, 16, 400)]
+        assert kept == sorted(kept)
+        each = [worth.of(one, x, [(900, 1000)], (0.005, 0.04))[1] for x in (1, 4, 16, 400)]
+        assert each[0] == each[1] < each[2] < each[3]
+    search = leg("ladder")
+    assert worth.of(search, 1, [(9, 10)], (0.005, 0.04)) == worth.of(
+        search, 400, [(9, 10)], (0.005, 0.04)) == (1 / (1 + 9 * 0.005), 1 / (1 + 9 * 0.04))
 
 
 def test_requests_that_clump_are_worth_less() -> None:

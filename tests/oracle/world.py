@@ -14,8 +14,8 @@ import random
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from loadgen import metrics, ramp
-from loadgen.judge import Criteria, Judgement, LoadVerdict, worth_of
+from loadgen import metrics, ramp, worth
+from loadgen.judge import Criteria, Judgement, LoadVerdict
 from loadgen.leg import Axis, Leg
 from loadgen.ramp import SweepPlan
 from loadgen.supervise import is_lost
@@ -141,8 +141,9 @@ def judgement(leg: Leg, blocks: list[tuple[int, int]], answer_s: float,
               criteria: Criteria, strain: float | None = None) -> Judgement:
     """What the judge says of a leg with these blocks."""
     good, n = sum(g for g, _ in blocks), sum(m for _, m in blocks)
-    worth, upper_worth = worth_of(leg.phase, blocks, criteria)
-    lower = metrics.lower_bound(good * worth, n * worth, criteria.confidence)
+    lower_worth, upper_worth = worth.of(leg, 1.0, blocks, (criteria.runs_differ,
+                                                           criteria.refutes_differ))
+    lower = metrics.lower_bound(good * lower_worth, n * lower_worth, criteria.confidence)
     upper = metrics.upper_bound(good * upper_worth, n * upper_worth, criteria.refute)
     load: LoadVerdict = ("UNSAFE" if upper < criteria.target
                          else "SAFE" if lower >= criteria.target else "UNRESOLVED")
