@@ -30,12 +30,11 @@ ELSEWHERE: frozenset[Phase] = frozenset({"reference", "overload"})  # not at the
 CHECKS: tuple[Phase, ...] = ("reference", "soak", "poisson", "burst", "overload", "recover")
 LUCK = 0.1  # a level further under the target than this is not confirmed, however few it rests on
 STRAIN_N = 3  # requests below which their quantile does not guide a search
-SPREAD_CLOSED, SPREAD_OPEN = 0.015, 0.17
-SPREAD_EVENED = 0.13  # … of open legs whose work is known (`evened`)
+# Of the logarithm of `strain` between runs on the simulator: its standard deviation, and how many
+# of them its mean keeps under the limits. Open legs whose work is known are evened and differ less.
+CLOSED, OPEN, EVENED = (0.015, 1.0), (0.17, 1.25), (0.13, 1.65)  # by trial: docs/method.md
 WORK = 0.6  # a leg of w times the prompt tokens comes w**WORK as near its limits: on the simulator
 SPREAD_LEGS = 3.0
-MARGIN_OPEN = 1.65  # docs/method.md: with 1.4 one rate in eleven was over the truth
-MARGIN = 1.0  # standard deviations: by trial on the simulator, 5 % of answers over the truth
 DRIFT = 1.15  # medians of two legs of a level: replicates are within 1.05 of each other
 DRIFT_TTFT = 1.5  # those of TTFT hang on who comes together
 DRIFT_N = 20
@@ -151,20 +150,19 @@ def _proving(judged: Sequence[Judgement], level: float) -> list[Judgement]:
 def has_margin(legs: Sequence[Judgement], in_the_end: bool = False) -> bool:
     """The limits are kept by as much as runs differ in how near they come to them. Near its
     capacity an open loop's queue makes one run of half a minute perfect and the next one a loss, so
-    that a share of good requests says little. SPREAD is that of the logarithm of `strain` between
-    runs on the simulator; what the replicates show is weighed against it. `in_the_end`: after many
-    more legs like these."""
+    that a share of good requests says little. The spread is that between runs on the simulator;
+    what the replicates show is weighed against it. `in_the_end`: after many more legs like
+    these."""
     told = [(math.log(j.strain), j.open_loop) for j in legs if j.strain]
     if not told or any(x == math.inf for x, _ in told):
         return True  # failed requests are more than the target allows: the share itself says so
     r = len(told)
     mean = sum(x for x, _ in told) / r
-    spread = SPREAD_CLOSED
+    spread, margin = CLOSED
     if told[0][1]:
-        spread = SPREAD_EVENED if all(j.prompt_tok for j in legs) else SPREAD_OPEN
+        spread, margin = EVENED if all(j.prompt_tok for j in legs) else OPEN
     variance = (SPREAD_LEGS * spread**2 + sum((x - mean) ** 2 for x, _ in told)) / (
         SPREAD_LEGS + r - 1)
-    margin = MARGIN_OPEN if told[0][1] else MARGIN
     return mean + margin * math.sqrt(variance * (1 + (0 if in_the_end else 1 / r))) <= 0
 
 
